@@ -1,0 +1,1 @@
+"""One quantize job from start to end: plan, budget, journal, run, verify."""

@@ -1,0 +1,1 @@
+"""Numba leaves: arrays in, arrays out, no I/O, no policy."""

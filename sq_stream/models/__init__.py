@@ -1,0 +1,1 @@
+"""One module per architecture: layer maths, tensor names and transforms, GGUF keys."""

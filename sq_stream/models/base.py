@@ -1,0 +1,93 @@
+"""What a model file says of a checkpoint: its GGUF tensors, where their values come from, and its GGUF keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.formats.metadata import Entry
+
+Function = Literal["identity", "add_one", "neg_exp"]
+
+
+class TensorReader(Protocol):
+    """The part of a checkpoint that a tensor map reads (see `formats.checkpoint.Checkpoint`)."""
+
+    def read_rows(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of tensor `name`, seen as the matrix [first dimension (1 if it has one dimension), product of the others]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorMap:
+    """One GGUF tensor and the checkpoint tensor that it is made of.
+
+    The target row i is source row `row_order[i]` with its columns taken in `column_order`, then `function` applied
+    elementwise in float32. A tensor with `values` is computed from the config and has no source.
+    """
+
+    name: str  # GGUF name
+    shape: tuple[int, ...]  # of the target, row-major: [n_out, n_in] or [n]
+    source: str = ""  # Hugging Face name
+    row_order: NDArray[np.int64] | None = None  # [n_out]
+    column_order: NDArray[np.int64] | None = None  # [n_in]
+    function: Function = "identity"
+    values: NDArray[np.float32] | None = None
+
+    @property
+    def n_in(self) -> int:
+        """Values in one row."""
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the tensor seen as a matrix [n_rows, n_in]."""
+        return math.prod(self.shape[:-1])
+
+    def read(self, checkpoint: TensorReader, start: int, stop: int) -> NDArray[np.float32]:
+        """Target rows `start` to `stop`: float32 [stop - start, n_in]."""
+        if self.values is not None:
+            return self.values.reshape(self.n_rows, self.n_in)[start:stop]
+        rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
+        x = checkpoint.read_rows(self.source, rows)
+        if self.column_order is not None:
+            x = x[:, self.column_order]
+        if self.function == "add_one":
+            x = x + np.float32(1)
+        elif self.function == "neg_exp":
+            x = -np.exp(x)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """A checkpoint as llama.cpp will see it."""
+
+    arch: str  # GGUF architecture: "llama", "qwen35", ...
+    n_layer: int  # as llama.cpp counts them: multi-token-prediction layers included when they are kept
+    tensors: tuple[TensorMap, ...]
+    metadata: tuple[Entry, ...]  # the `<arch>.*` keys; general.* and tokenizer.* come from elsewhere
+    n_expert: int = 0
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> checkpoint tensors not converted
+
+
+class ModelFile(Protocol):
+    """What each module in models/ defines; adding an architecture is adding one such module."""
+
+    ARCHITECTURES: tuple[str, ...]  # names in config.json's "architectures"
+
+    def describe(
+        self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, mtp: bool = False
+    ) -> ModelSpec:
+        """The GGUF model of a checkpoint with this config.json and these tensors.
+
+        Raises:
+            BadInputError: a tensor is missing, unexpected or of the wrong shape, or a config value is unusable.
+            UnsupportedModelError: the config asks for a variant that is not supported.
+        """
+        ...

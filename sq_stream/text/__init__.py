@@ -1,0 +1,1 @@
+"""Tokenizers: to a GGUF vocabulary, and from text to token ids."""
