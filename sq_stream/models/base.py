@@ -19,7 +19,7 @@ class TensorReader(Protocol):
     """The part of a checkpoint that a tensor map reads (see `formats.checkpoint.Checkpoint`)."""
 
     def read_rows(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows of tensor `name`, seen as the matrix [first dimension (1 if it has one dimension), product of the others]."""
+        """Rows of tensor `name` seen as a matrix: [all dimensions but the last, the last], a vector being one row."""
         ...
 
 
