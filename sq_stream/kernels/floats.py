@@ -1,0 +1,49 @@
+"""Half-precision floats by integer arithmetic: Numba has no float16 on CPUs.
+
+Source of the branch-free conversions: F. Giesen, "Float->half variants" and "Half->float done quick" (public domain).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+FP16_MAX = np.float32(65504.0)
+
+_SIGN = np.uint32(0x8000_0000)
+_OVERFLOW = np.uint32(143 << 23)  # bits of 2**16, beyond the largest half and all that rounds to it
+_MIN_NORMAL = np.uint32(113 << 23)  # bits of 2**-14
+_ALIGN_SUBNORMAL = np.float32(0.5)  # adding it moves a subnormal half's bits to the bottom of the mantissa
+_ALIGN_SUBNORMAL_BITS = np.uint32(126 << 23)
+_REBIAS = np.uint32(2**32 - (112 << 23) + 0xFFF)  # exponent bias 127 -> 15, and just under half a unit
+_INFINITY = np.uint32(0x7C00)
+_INFINITY_F32 = np.uint32(0x7F80_0000)
+_QUIET_NAN = np.uint32(0x7E00)
+_WIDEN = np.float32(2.0**112)
+
+
+@njit(cache=True, inline="always")
+def fp16_bits(x: np.float32) -> np.uint16:
+    """Bits (uint16) of the half nearest to `x` (float32), ties to even; beyond 65504 infinity, as IEEE 754 has it."""
+    bits = np.float32(x).view(np.uint32)
+    sign = bits & _SIGN
+    magnitude = np.uint32(bits ^ sign)
+    aligned = np.uint32(magnitude).view(np.float32) + _ALIGN_SUBNORMAL
+    subnormal = np.uint32(np.float32(aligned).view(np.uint32) - _ALIGN_SUBNORMAL_BITS)
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(magnitude + _REBIAS + odd) >> np.uint32(13)
+    half = subnormal if magnitude < _MIN_NORMAL else normal
+    if magnitude >= _OVERFLOW:
+        half = _QUIET_NAN if magnitude > _INFINITY_F32 else _INFINITY
+    return np.uint16(half | (sign >> np.uint32(16)))
+
+
+@njit(cache=True, inline="always")
+def fp16_value(bits: np.uint16) -> np.float32:
+    """Value (float32) of the half with these bits (uint16)."""
+    wide_bits = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))
+    scaled = np.uint32(wide_bits).view(np.float32) * _WIDEN
+    magnitude = np.float32(scaled).view(np.uint32)
+    if (bits & _INFINITY) == _INFINITY:
+        magnitude = wide_bits | _INFINITY_F32
+    return np.uint32(magnitude | (np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
