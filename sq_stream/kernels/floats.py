@@ -23,7 +23,7 @@ _WIDEN = np.float32(2.0**112)
 
 
 @njit(cache=True, inline="always")
-def fp16_bits(x: np.float32) -> np.uint16:
+def fp16_bits(x):
     """Bits (uint16) of the half nearest to `x` (float32), ties to even; beyond 65504 infinity, as IEEE 754 has it."""
     bits = np.float32(x).view(np.uint32)
     sign = bits & _SIGN
@@ -39,7 +39,7 @@ def fp16_bits(x: np.float32) -> np.uint16:
 
 
 @njit(cache=True, inline="always")
-def fp16_value(bits: np.uint16) -> np.float32:
+def fp16_value(bits):
     """Value (float32) of the half with these bits (uint16)."""
     wide_bits = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))
     scaled = np.uint32(wide_bits).view(np.float32) * _WIDEN
