@@ -1,0 +1,37 @@
+"""Small files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from sq_stream.formats.storage import storage_errors, sync_folder
+
+
+def partial_path(path: Path) -> Path:
+    """Where the unfinished contents of `path` live: `OUT.gguf.partial` beside `OUT.gguf`."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends; on any exception `path` stays as it was.
+
+    Raises:
+        StorageError: writing, syncing or renaming fails.
+    """
+    partial = partial_path(path)
+    try:
+        with storage_errors("writing", path):
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

@@ -1,0 +1,293 @@
+"""A Hugging Face checkpoint folder: config.json and the tensors of its safetensors files.
+
+Tensors are read with `pread` through a small buffer rather than mapped: resident memory never holds more than the rows
+asked for, and a file that shrinks or fails under us raises an error where a mapping would kill the process (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.errors import BadInputError
+from sq_stream.formats.safetensors import MAX_HEADER_BYTES, TensorEntry, read_header
+from sq_stream.formats.storage import read_into, storage_errors
+from sq_stream.formats.strict_json import parse_object
+
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CHUNK_VALUES = 2**18  # read and converted at a time: stays in the cache
+
+
+def _from_bf16(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    np.left_shift(raw.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+
+
+def _from_f16(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    out[:] = raw.view(np.float16)
+
+
+def _from_f32(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    out[:] = raw.view(np.float32)
+
+
+_TO_FLOAT32: dict[str, Callable[[NDArray[np.uint8], NDArray[np.float32]], None]] = {
+    "BF16": _from_bf16,
+    "F16": _from_f16,
+    "F32": _from_f32,
+}
+
+
+def check_finite(x: NDArray[np.float32], tensor: str, first_row: int = 0) -> None:
+    """Raise BadInputError naming the first NaN or Inf of `x` [n, n_in], the rows of `tensor` from `first_row` on."""
+    if x.size == 0 or (np.isfinite(x.min()) and np.isfinite(x.max())):
+        return
+    row, column = np.argwhere(~np.isfinite(x))[0]
+    raise BadInputError(
+        f"tensor {tensor!r} holds {x[row, column]} at [row {first_row + row}, column {column}]: "
+        "the weights are damaged, download them again"
+    )
+
+
+class Checkpoint:
+    """An open checkpoint folder. Opening reads config.json and the headers only; every file is checked then.
+
+    Reading is safe from several threads at a time. The files stay open until `close`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]  # by name, in the order of the files and of the data in them
+    warnings: tuple[str, ...]  # oddities that do not keep the checkpoint from being read
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = {}
+        self._fds: dict[Path, int] = {}
+        self._hash = hashlib.sha256()
+        if not folder.exists():
+            raise BadInputError(f"{folder} does not exist: give the folder of a Hugging Face checkpoint")
+        if not folder.is_dir():
+            raise BadInputError(f"{folder} is a file: give the folder that holds config.json and *.safetensors")
+        raw, self.config = self._read_json("config.json")
+        self._hash.update(raw)
+        names, weight_map, warnings = self._weight_files()
+        try:
+            for name in names:
+                self._open_file(name)
+        except BaseException:
+            self.close()
+            raise
+        if weight_map is not None:
+            self._check_index(weight_map)
+        self.warnings = tuple(warnings)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open and check a folder.
+
+        Raises:
+            BadInputError: the folder is no safetensors checkpoint, or a file in it is damaged.
+            StorageError: reading fails.
+        """
+        return cls(Path(folder))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) that changes when the checkpoint does.
+
+        It covers config.json and, of every weight file, its name, size, modification time and header: not the data.
+        """
+        return self._hash.hexdigest()
+
+    def read_rows(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of tensor `name` as float32 [n, n_in].
+
+        The tensor is seen as a matrix [all dimensions but the last, the last], a vector being one row. `rows` is a
+        slice of step 1 or row numbers in any order. NaN and Inf are returned as they are (see `check_finite`).
+
+        Raises:
+            BadInputError: no such tensor, or its dtype is not BF16, F16 or F32.
+            StorageError: reading fails.
+        """
+        entry = self._entry(name)
+        n_in = entry.shape[-1] if entry.shape else 1
+        n_rows = math.prod(entry.shape[:-1])
+        spans = list(_spans(rows, n_rows))
+        x = np.empty((sum(n for _, n in spans), n_in), np.float32)
+        done = 0
+        for start, n in spans:
+            self._read_values(entry, start * n_in, x[done : done + n].reshape(-1))
+            done += n
+        return x
+
+    def close(self) -> None:
+        """Close the files; nothing can be read after."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise BadInputError(f"{self.folder} has no tensor {name!r}")
+        if entry.dtype not in _TO_FLOAT32:
+            raise BadInputError(
+                f"tensor {name!r} in {entry.path} has dtype {entry.dtype}; {', '.join(_TO_FLOAT32)} can be read: "
+                "use the checkpoint as it was before it was quantized"
+            )
+        return entry
+
+    def _read_values(self, entry: TensorEntry, first: int, out: NDArray[np.float32]) -> None:
+        """Fill `out` [n] with the tensor's values from number `first` on."""
+        width = 4 if entry.dtype == "F32" else 2
+        buffer = np.empty(min(out.size, _CHUNK_VALUES) * width, np.uint8)
+        for begin in range(0, out.size, _CHUNK_VALUES):
+            part = out[begin : begin + _CHUNK_VALUES]
+            raw = buffer[: part.size * width]
+            read_into(self._fds[entry.path], raw, entry.offset + (first + begin) * width, entry.path)
+            _TO_FLOAT32[entry.dtype](raw, part)
+
+    def _open_file(self, name: str) -> None:
+        path = self.folder / name
+        with storage_errors("opening", path):
+            fd = os.open(path, os.O_RDONLY)
+        self._fds[path] = fd
+        header = read_header(fd, path)
+        for entry in header.tensors:
+            if (other := self.tensors.get(entry.name)) is not None:
+                raise BadInputError(
+                    f"tensor {entry.name!r} is in both {other.path.name} and {name} of {self.folder}: "
+                    "keep only the files of one set of weights"
+                )
+            self.tensors[entry.name] = entry
+        stat = os.fstat(fd)
+        self._hash.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode() + header.raw)
+
+    def _read_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
+        path = self.folder / name
+        if not path.is_file():
+            raise BadInputError(f"{self.folder} has no {name}: give the folder of a Hugging Face checkpoint")
+        with storage_errors("reading", path), open(path, "rb") as file:
+            raw = file.read(MAX_HEADER_BYTES + 1)
+        if len(raw) > MAX_HEADER_BYTES:
+            raise BadInputError(f"{path} is larger than {MAX_HEADER_BYTES} bytes: it is not a {name}")
+        return raw, parse_object(raw, path, unique_names=name == INDEX)
+
+    def _weight_files(self) -> tuple[list[str], dict[str, str] | None, list[str]]:
+        """Names of the weight files, the index's tensor → file map if there is an index, warnings."""
+        with storage_errors("listing", self.folder):
+            present = sorted(os.listdir(self.folder))
+        if INDEX in present:
+            _, index = self._read_json(INDEX)
+            weight_map = _parse_weight_map(index.get("weight_map"), self.folder / INDEX)
+            names = sorted(set(weight_map.values()))
+            _refuse_missing([n for n in names if not (self.folder / n).is_file()], self.folder / INDEX)
+            return names, weight_map, []
+        names = [n for n in present if n.endswith(".safetensors")]
+        names = [n for n in names if n.startswith("model")] or names
+        if not names:
+            raise _no_weights(self.folder, present)
+        _refuse_missing(_missing_shards(names), self.folder)
+        return names, None, []
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        """Raise BadInputError unless the index and the headers name the same tensors in the same files."""
+        index = self.folder / INDEX
+        found = {name: entry.path.name for name, entry in self.tensors.items()}
+        for name, shard in weight_map.items():
+            if found.get(name) != shard:
+                raise BadInputError(
+                    f"{index} says that tensor {name!r} is in {shard}, but it is "
+                    f"{'in ' + found[name] if name in found else 'not there'}: download the checkpoint again"
+                )
+        if extra := found.keys() - weight_map.keys():
+            name = min(extra)
+            raise BadInputError(
+                f"{found[name]} holds tensor {name!r}, which {index} does not name ({len(extra)} such tensors): "
+                "index and files are of different checkpoints, download them again"
+            )
+
+
+def _spans(rows: slice | NDArray[np.int64], n_rows: int) -> Iterator[tuple[int, int]]:
+    """Runs (first row, number of rows) of consecutive rows that `rows` names, in its order."""
+    if isinstance(rows, slice):
+        start, stop, step = rows.indices(n_rows)
+        if step != 1:
+            raise ValueError(f"rows are read in steps of 1, not {step}")
+        yield start, max(stop - start, 0)
+        return
+    if rows.size == 0:
+        return
+    if rows.min() < 0 or rows.max() >= n_rows:
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of a tensor of {n_rows} rows")
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = np.concatenate(([0], breaks, [rows.size]))
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        yield int(rows[begin]), end - begin
+
+
+def _parse_weight_map(weight_map: Any, path: Path) -> dict[str, str]:
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInputError(f"{path} has no weight_map: the file is damaged, download it again")
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not re.search(r"[/\\\0]", shard)
+        if not plain:
+            raise BadInputError(
+                f"{path} says that tensor {name!r} is in {shard!r}, which is not the name of a *.safetensors file "
+                "in its folder"
+            )
+    return weight_map
+
+
+def _missing_shards(names: Sequence[str]) -> list[str]:
+    """Files that are missing from sets named like `model-00001-of-00003.safetensors`."""
+    shards = [m for m in map(_SHARD.fullmatch, names) if m]
+    expected = {
+        f"{m['stem']}-{number:05}-of-{m['count']}.safetensors"
+        for m in shards
+        for number in range(1, int(m["count"]) + 1)
+    }
+    return sorted(expected - set(names))
+
+
+def _refuse_missing(missing: Sequence[str], where: Path) -> None:
+    if missing:
+        raise BadInputError(
+            f"{where} needs {len(missing)} weight files that are not there: {', '.join(missing)}; download them"
+        )
+
+
+def _no_weights(folder: Path, present: Sequence[str]) -> BadInputError:
+    pickled = [name for name in present if name.endswith(_PICKLED)]
+    if pickled:
+        return BadInputError(
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when loaded: convert them to "
+            "safetensors (transformers: model.save_pretrained(folder, safe_serialization=True))"
+        )
+    if any(name.endswith(".gguf") for name in present):
+        return BadInputError(
+            f"{folder} holds a GGUF file, no *.safetensors: quantizing starts from the original weights"
+        )
+    return BadInputError(f"{folder} has no *.safetensors: give the folder of a Hugging Face checkpoint")

@@ -1,0 +1,167 @@
+"""Writing a GGUF file in any order, resumably, under another name until it is whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.errors import BadInputError, InterruptedJobError
+from sq_stream.formats.atomic import partial_path
+from sq_stream.formats.gguf_layout import FileLayout, TensorLayout
+from sq_stream.formats.storage import read_into, storage_errors, sync_folder, write_all
+
+
+class GGUFFile:
+    """A GGUF file being written to `<path>.partial`; `commit` gives it its name.
+
+    Rows may be written in any order and from several threads. The partial file is locked (flock) while it is open and
+    stays on disk when the writer is only closed, to be reopened later.
+    """
+
+    def __init__(self, path: Path, layout: FileLayout, fd: int) -> None:
+        self.path = path
+        self.partial = partial_path(path)
+        self.layout = layout
+        self._fd: int | None = fd
+
+    @classmethod
+    def create(cls, path: Path, layout: FileLayout) -> GGUFFile:
+        """Start a file: take all of its disk space and write its header. An older partial file is replaced.
+
+        Raises:
+            InterruptedJobError: another process is writing the same file.
+            StorageError: the folder cannot be written or the disk is too full; nothing is left behind.
+        """
+        path = Path(path)
+        file = cls(path, layout, _open_locked(partial_path(path), os.O_RDWR | os.O_CREAT))
+        try:
+            with storage_errors("writing", file.partial):
+                os.ftruncate(file._open_fd, 0)
+                _allocate(file._open_fd, layout.total_bytes)
+            write_all(file._open_fd, layout.header, 0, file.partial)
+        except BaseException:
+            file.abandon()
+            raise
+        return file
+
+    @classmethod
+    def reopen(cls, path: Path, layout: FileLayout) -> GGUFFile:
+        """Go on with a file that `create` started with the same layout.
+
+        Raises:
+            BadInputError: the partial file is missing or has another size or header.
+            InterruptedJobError: another process is writing the same file.
+            StorageError: it cannot be opened or read.
+        """
+        path = Path(path)
+        partial = partial_path(path)
+        if not partial.is_file():
+            raise BadInputError(f"{partial} is not there: start the job anew")
+        file = cls(path, layout, _open_locked(partial, os.O_RDWR))
+        try:
+            size = os.fstat(file._open_fd).st_size
+            header = np.zeros(len(layout.header), np.uint8)
+            if size == layout.total_bytes:
+                read_into(file._open_fd, header, 0, partial)
+            if size != layout.total_bytes or header.tobytes() != layout.header:
+                raise BadInputError(
+                    f"{partial} ({size} bytes) belongs to another job than this one ({layout.total_bytes} bytes): "
+                    "delete it to start anew"
+                )
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def write_rows(self, tensor: TensorLayout, first_row: int, data: NDArray[np.uint8]) -> None:
+        """Write stored rows `data` [n, tensor.row_bytes] of `tensor` from row `first_row` on.
+
+        Raises:
+            StorageError: the write fails.
+            ValueError: the rows are not rows of the tensor.
+        """
+        n = data.shape[0]
+        if data.shape != (n, tensor.row_bytes) or data.dtype != np.uint8 or not 0 <= first_row <= tensor.n_rows - n:
+            raise ValueError(
+                f"rows {first_row} to {first_row + n} of {data.dtype} {data.shape} do not fit {tensor.name!r}: "
+                f"{tensor.n_rows} rows of {tensor.row_bytes} bytes"
+            )
+        offset = tensor.offset + first_row * tensor.row_bytes
+        write_all(self._open_fd, np.ascontiguousarray(data), offset, self.partial)
+
+    def read_rows(self, tensor: TensorLayout, start: int, stop: int) -> NDArray[np.uint8]:
+        """Stored rows `start` to `stop` of `tensor` as they are in the file now: uint8 [stop - start, row_bytes].
+
+        Raises:
+            StorageError: the read fails.
+        """
+        rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
+        read_into(self._open_fd, rows, tensor.offset + start * tensor.row_bytes, self.partial)
+        return rows
+
+    def sync(self) -> None:
+        """Make everything written so far survive a power cut."""
+        with storage_errors("syncing", self.partial):
+            os.fsync(self._open_fd)
+
+    def commit(self) -> None:
+        """Finish: sync, give the file its name (replacing a file of that name), sync the folder."""
+        self.sync()
+        with storage_errors("renaming", self.partial):
+            os.replace(self.partial, self.path)
+        self.close()
+        sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Delete the partial file."""
+        with storage_errors("deleting", self.partial):
+            self.partial.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; an unfinished one stays as it is, to be reopened."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _open_fd(self) -> int:
+        if self._fd is None:
+            raise ValueError(f"{self.partial} is closed")
+        return self._fd
+
+
+def _open_locked(path: Path, flags: int) -> int:
+    with storage_errors("opening", path):
+        fd = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise InterruptedJobError(f"another process is writing {path}: wait for it to end, or stop it") from error
+    except OSError:  # a file system without locks
+        pass
+    return fd
+
+
+def _allocate(fd: int, n_bytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot preallocate
+            raise
+        os.ftruncate(fd, n_bytes)

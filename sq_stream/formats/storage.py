@@ -1,0 +1,80 @@
+"""The file-system calls that every reader and writer here shares, with errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.errors import StorageError
+
+_ADVICE = {
+    errno.ENOSPC: "free disk space or choose another folder",
+    errno.EDQUOT: "free disk space, raise the quota or choose another folder",
+    errno.EFBIG: "the file system or a limit (ulimit -f) does not allow a file of this size: choose another folder",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "check the permissions of the file and its folder",
+    errno.EPERM: "check the permissions of the file and its folder",
+    errno.ENOENT: "check that the folder exists and that nothing removes files from it",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "the path is a folder: give the name of a file",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "the disk reported a fault: check it, or work on a copy",
+    errno.ESTALE: "the network file system lost the file: mount it again",
+}
+
+
+@contextmanager
+def storage_errors(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError raised in the block into a StorageError that tells `action` ("reading"), path, reason, advice."""
+    try:
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "check the disk and the path")
+        raise StorageError(f"{action} {path} failed ({error.strerror or error}): {advice}") from error
+
+
+def read_into(fd: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
+    """Fill the contiguous array `buffer` from byte `offset` of an open file.
+
+    Raises:
+        StorageError: the read fails, or the file ends too early (it shrank since it was opened).
+    """
+    view = memoryview(buffer.reshape(-1).view(np.uint8).data)
+    with storage_errors("reading", path):
+        while view:
+            n = os.preadv(fd, [view], offset)
+            if n == 0:
+                raise StorageError(
+                    f"{path} ends at byte {offset}, {len(view)} bytes too early: it shrank while in use, restore it"
+                )
+            view, offset = view[n:], offset + n
+
+
+def write_all(fd: int, data: bytes | NDArray[np.uint8], offset: int, path: Path) -> None:
+    """Write all of `data` (a contiguous array or bytes) at byte `offset` of an open file.
+
+    Raises:
+        StorageError: the write fails.
+    """
+    view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).data)
+    with storage_errors("writing", path):
+        while view:
+            n = os.pwrite(fd, view, offset)
+            view, offset = view[n:], offset + n
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new name in `folder` survive a power cut."""
+    with storage_errors("syncing", folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
