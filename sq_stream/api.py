@@ -1,0 +1,98 @@
+"""The jobs of sq-stream as functions: what the command line calls, and what Python programs may call.
+
+>>> from sq_stream import api
+>>> api.quantize("models/SmolLM2-135M", "smollm2.gguf", recipe="q4_k_m", pure=True, max_ram="512M")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sq_stream.events import Finished, OnEvent, ignore
+from sq_stream.job.budget import verify_tile
+from sq_stream.job.plan import Plan, make_plan
+from sq_stream.job.run import run
+from sq_stream.job.settings import DEFAULT_MAX_RAM, parse_settings
+from sq_stream.job.summary import CheckpointSummary, GGUFSummary, summarize_checkpoint, summarize_gguf
+from sq_stream.job.verify import TensorCheck, verify_file
+from sq_stream.units import parse_size
+
+PathLike = str | os.PathLike[str]
+
+__all__ = [
+    "CheckpointSummary",
+    "Finished",
+    "GGUFSummary",
+    "Plan",
+    "TensorCheck",
+    "inspect",
+    "plan",
+    "quantize",
+    "verify",
+]
+
+
+def plan(
+    model_dir: PathLike, output: PathLike | None = None, *, max_ram: int | str = DEFAULT_MAX_RAM, **options: Any
+) -> Plan:
+    """Plan a quantization from headers alone; nothing is written.
+
+    Args:
+        model_dir: folder with config.json, *.safetensors and a tokenizer.
+        output: the GGUF file to write; by default NAME-Q4_K_M.gguf in the current folder.
+        max_ram: most resident memory at the peak, in bytes or as text ("4G").
+        options: `recipe`, `pure`, `tensor_types`, `effort`, `mtp`, `pre`, `threads`, `overwrite`, `fresh`: see
+            `sq_stream.job.settings.parse_settings`.
+
+    Raises:
+        SqStreamError: the job cannot be done; the class says why.
+    """
+    bytes_ = parse_size(max_ram) if isinstance(max_ram, str) else max_ram
+    return make_plan(parse_settings(model_dir, output, max_ram=bytes_, **options))
+
+
+def quantize(
+    model_dir: PathLike,
+    output: PathLike | None = None,
+    *,
+    max_ram: int | str = DEFAULT_MAX_RAM,
+    on_event: OnEvent = ignore,
+    **options: Any,
+) -> Finished:
+    """Quantize a checkpoint into a GGUF file; takes what `plan` takes, and resumes what was interrupted.
+
+    Raises:
+        SqStreamError: the job cannot be done or was stopped; nothing that looks finished is left behind.
+    """
+    job = plan(model_dir, output, max_ram=max_ram, **options)
+    with job.checkpoint:
+        return run(job, on_event)
+
+
+def verify(
+    path: PathLike, against: PathLike | None = None, *, max_ram: int | str = DEFAULT_MAX_RAM, on_event: OnEvent = ignore
+) -> list[TensorCheck]:
+    """Check a GGUF file: structure, offsets, every block decodes; with `against`, the error of each tensor.
+
+    Raises:
+        SqStreamError: the file is damaged or was not made from `against`.
+    """
+    bytes_ = parse_size(max_ram) if isinstance(max_ram, str) else max_ram
+    return verify_file(
+        Path(path),
+        None if against is None else Path(against),
+        tile_weights=verify_tile(bytes_),
+        on_event=on_event,
+    )
+
+
+def inspect(path: PathLike) -> CheckpointSummary | GGUFSummary:
+    """Say what a checkpoint folder or a GGUF file holds, from its headers.
+
+    Raises:
+        SqStreamError: it cannot be read.
+    """
+    path = Path(path)
+    return summarize_checkpoint(path) if path.is_dir() else summarize_gguf(path)

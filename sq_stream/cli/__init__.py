@@ -1,0 +1,195 @@
+"""The command line: click commands that call `sq_stream.api` and print what it says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sq_stream import __version__
+from sq_stream.cli.console import LOG_FORMATS, Console
+
+RECIPES = ("q4_k_m", "q4_k_s", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
+
+EPILOG = """\b
+Exit codes:
+   0  done
+   2  wrong usage: an option, or an output that exists
+   3  unsupported architecture or tokenizer
+   4  bad input: a damaged, foreign or unusable file
+   5  does not fit the memory or the disk it may use
+   6  reading or writing failed
+   7  verification failed
+  75  interrupted or locked: the same command resumes the job
+"""
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sq-stream")
+def cli() -> None:
+    """Quantize Hugging Face checkpoints to llama.cpp GGUF files on a CPU, in bounded memory."""
+
+
+def job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what to make, shared by `quantize` and `plan`."""
+    options = [
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="File to write. Default: NAME-TYPE.gguf in the current folder.",
+        ),
+        click.option(
+            "--type",
+            "recipe",
+            type=click.Choice(RECIPES),
+            default="q4_k_m",
+            show_default=True,
+            help="Recipe of block types, as llama-quantize names them.",
+        ),
+        click.option(
+            "--pure", is_flag=True, help="The recipe's base type for every quantized tensor, without its mixture."
+        ),
+        click.option(
+            "--tensor-type",
+            "tensor_types",
+            multiple=True,
+            metavar="PATTERN=TYPE",
+            help="Block type of the tensors whose name matches a regular expression, as in 'ffn_down=q6_k'. "
+            "Repeatable; the first match holds.",
+        ),
+        click.option(
+            "--effort",
+            type=click.Choice(["fast", "balanced", "best"]),
+            default="fast",
+            show_default=True,
+            help="fast: weights only. balanced and best (calibrated) are not available yet.",
+        ),
+        click.option("--mtp", is_flag=True, help="Keep the multi-token-prediction layers, if the checkpoint has any."),
+        click.option(
+            "--pre", metavar="NAME", help="Pre-tokenizer name, where it is not recognized from the tokenizer."
+        ),
+        click.option(
+            "--max-ram",
+            metavar="SIZE",
+            default="4G",
+            show_default=True,
+            help="Most resident memory at the peak, as in 512M or 4G.",
+        ),
+        click.option(
+            "--threads", type=int, metavar="N", help="Threads that encode. Default: all that the process may use."
+        ),
+    ]
+    return reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+log_format = click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="auto",
+    show_default=True,
+    help="Progress on standard error: auto is a bar on a terminal and plain lines elsewhere; json is JSON lines.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+model_dir = click.argument("model_dir", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@model_dir
+@job_options
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
+@log_format
+def quantize(model_dir: Path, log_format: str, **options: Any) -> None:
+    """Quantize the checkpoint in MODEL_DIR into a GGUF file.
+
+    MODEL_DIR holds config.json, *.safetensors and a tokenizer. The file appears under its name only when it is
+    complete and has been read back; an interrupted run is resumed by the same command.
+    """
+    with Console(log_format) as console:
+        from sq_stream import api
+
+        api.quantize(model_dir, on_event=console, **options)
+
+
+@cli.command()
+@model_dir
+@job_options
+@as_json
+def plan(model_dir: Path, as_json: bool, **options: Any) -> None:
+    """Show what quantize would do: every tensor's source, type and size, and what the job needs."""
+    with Console():
+        from sq_stream import api
+        from sq_stream.cli import tables
+
+        job = api.plan(model_dir, **options)
+        click.echo(tables.to_json(tables.plan_fields(job)) if as_json else tables.plan_text(job))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@as_json
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what PATH, a checkpoint folder or a GGUF file, holds."""
+    with Console():
+        from sq_stream import api
+        from sq_stream.cli import tables
+
+        summary = api.inspect(path)
+        click.echo(tables.to_json(summary) if as_json else tables.summary_text(summary))
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="MODEL_DIR",
+    help="Checkpoint that the file was made from: show the error of each tensor.",
+)
+@click.option(
+    "--max-ram",
+    metavar="SIZE",
+    default="4G",
+    show_default=True,
+    help="Most resident memory at the peak, as in 512M or 4G.",
+)
+@as_json
+@log_format
+def verify(file: Path, against: Path | None, max_ram: str, as_json: bool, log_format: str) -> None:
+    """Check that every block of a GGUF FILE decodes to finite values, and compare it with its source."""
+    with Console(log_format) as console:
+        from sq_stream import api
+        from sq_stream.cli import tables
+
+        checks = api.verify(file, against, max_ram=max_ram, on_event=console)
+        click.echo(tables.to_json(checks) if as_json else tables.checks_text(checks))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Keep the quantized file here.")
+@click.option(
+    "--prompt", default="It was", show_default=True, help="Beginning of the text that the quantized model continues."
+)
+@click.option("--tokens", type=click.IntRange(1, 200), default=48, show_default=True, help="Tokens to generate.")
+@log_format
+def demo(output: Path | None, prompt: str, tokens: int, log_format: str) -> None:
+    """Quantize the small model that ships with sq-stream, and let the result write a sentence."""
+    with Console(log_format) as console:
+        from sq_stream.cli.demo import run_demo
+
+        run_demo(output, prompt, tokens, console)
+
+
+def main() -> None:
+    """Entry point of the `sq-stream` script."""
+    sys.exit(cli())
+
+
+if __name__ == "__main__":
+    main()

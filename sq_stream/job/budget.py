@@ -1,0 +1,118 @@
+"""What a job will need: memory as tile sizes, disk, time. Everything that cannot work is refused here."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sq_stream.errors import DoesNotFitError
+from sq_stream.formats.blocks import BlockType
+from sq_stream.units import format_size
+
+MIB = 2**20
+
+# Resident bytes before any tile: interpreter, NumPy, Numba with its compiled kernels, tokenizers (bench/memory.py).
+FIXED_BYTES = 320 * MIB
+# Resident bytes for one weight of the tile in work: its mapped source (up to 4), the float32 tile and one copy where
+# rows are reordered or transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
+BYTES_PER_WEIGHT = 20
+# A larger tile encodes no faster.
+MOST_TILE_WEIGHTS = 4 * MIB
+# Resident bytes for one byte of tokenizer.json or of GGUF metadata while the vocabulary is read (bench/memory.py).
+BYTES_PER_VOCABULARY_BYTE = 12
+
+# Weights encoded per second by one core of a 2025 server, rounded down (bench/kernels.py); only for the estimate.
+WEIGHTS_PER_SECOND = {
+    "Q4_K": 15e6,
+    "Q5_K": 12e6,
+    "Q6_K": 10e6,
+    "Q5_0": 40e6,
+    "Q5_1": 40e6,
+    "Q8_0": 100e6,
+    "F32": 200e6,
+    "F16": 200e6,
+    "BF16": 200e6,
+}
+WEIGHTS_READ_BACK_PER_SECOND = 100e6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Predicted needs of a job; bytes and seconds."""
+
+    tile_weights: int
+    peak_ram: int
+    peak_disk: int
+    seconds: float
+
+
+def make_budget(
+    tensors: Sequence[tuple[tuple[int, ...], BlockType]],
+    *,
+    file_bytes: int,
+    vocabulary_bytes: int,
+    max_ram: int,
+    threads: int,
+) -> Budget:
+    """Divide `max_ram` bytes among the parts of a weights-only job.
+
+    Args:
+        tensors: row-major shape and type of every tensor of the output.
+        file_bytes: size of the finished file.
+        vocabulary_bytes: size of the tokenizer files that planning reads.
+        max_ram: bytes of resident memory that the process may use at its peak.
+        threads: kernel threads.
+
+    Raises:
+        DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
+    """
+    longest_row = max(shape[-1] for shape, _ in tensors)
+    largest_tensor = max(math.prod(shape) for shape, _ in tensors)
+    fixed = FIXED_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
+    smallest = fixed + BYTES_PER_WEIGHT * longest_row
+    if max_ram < smallest:
+        raise DoesNotFitError(
+            f"--max-ram {format_size(max_ram)} is too small for this model: "
+            f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
+        )
+    tile = min(largest_tensor, MOST_TILE_WEIGHTS, (max_ram - fixed) // BYTES_PER_WEIGHT)
+    encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors) / threads
+    reading = sum(math.prod(shape) for shape, _ in tensors) / WEIGHTS_READ_BACK_PER_SECOND
+    return Budget(
+        tile_weights=max(tile, longest_row),
+        peak_ram=fixed + BYTES_PER_WEIGHT * max(tile, longest_row),
+        peak_disk=file_bytes,
+        seconds=encoding + reading,
+    )
+
+
+def verify_tile(max_ram: int) -> int:
+    """Values to decode at a time so that reading a file back stays within `max_ram` bytes.
+
+    Raises:
+        DoesNotFitError: `max_ram` does not hold the program itself.
+    """
+    tile = (max_ram - FIXED_BYTES) // BYTES_PER_WEIGHT
+    if tile <= 0:
+        raise DoesNotFitError(
+            f"--max-ram {format_size(max_ram)} is too small: "
+            f"the smallest that works is --max-ram {FIXED_BYTES // MIB + 1}M"
+        )
+    return min(tile, MOST_TILE_WEIGHTS)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Make sure that `folder` can take `needed` more bytes.
+
+    Raises:
+        DoesNotFitError: there is less free space than that.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"{folder}: the file needs {format_size(needed)} of disk space and {format_size(free)} are free: "
+            "make room, or choose another place with -o"
+        )

@@ -1,0 +1,129 @@
+"""Everything about a job that can be known from headers alone: tensors, types, offsets, memory, disk, time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sq_stream.errors import StorageError, UsageError
+from sq_stream.formats.atomic import partial_path
+from sq_stream.formats.blocks import BlockType
+from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.gguf_layout import FileLayout, TensorLayout, lay_out
+from sq_stream.job.budget import Budget, check_disk, make_budget
+from sq_stream.job.identity import general_entries
+from sq_stream.job.settings import Settings
+from sq_stream.models import find
+from sq_stream.models.base import ModelSpec, TensorMap
+from sq_stream.quantize.recipe import RECIPES, choose_types, parse_override
+from sq_stream.text.vocabulary import read_vocabulary, vocabulary_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTensor:
+    """One tensor of the output: where its values come from, where its bytes go, and why they have their type."""
+
+    source: TensorMap
+    layout: TensorLayout
+    reason: str
+
+    @property
+    def type(self) -> BlockType:
+        """The block type in the file."""
+        return self.layout.block_type
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A job that can be run."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    tensors: tuple[PlannedTensor, ...]
+    layout: FileLayout
+    budget: Budget
+
+    @property
+    def n_weights(self) -> int:
+        """Values in all tensors of the output."""
+        return sum(math.prod(t.layout.shape) for t in self.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data in the output, without header and padding."""
+        return sum(t.layout.n_bytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data for one value."""
+        return 8 * self.tensor_bytes / self.n_weights
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Read the headers of a checkpoint and plan its quantization.
+
+    Raises:
+        BadInputError: the checkpoint or its tokenizer is damaged or incomplete.
+        UnsupportedModelError: architecture or pre-tokenizer unknown.
+        UsageError: a tensor-type pattern is wrong or matches nothing, or the output cannot be what was given.
+        DoesNotFitError: memory or disk are too small.
+    """
+    overrides = [parse_override(text) for text in settings.tensor_types]
+    checkpoint = Checkpoint.open(settings.model_dir)
+    spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=settings.mtp)
+    n_vocab = next(t.shape[0] for t in spec.tensors if t.name == "token_embd.weight")
+    vocabulary = read_vocabulary(
+        settings.model_dir, arch=spec.arch, n_vocab=n_vocab, pre=settings.pre, config=checkpoint.config
+    )
+    choices = choose_types(
+        [(t.name, t.shape) for t in spec.tensors],
+        settings.recipe,
+        arch=spec.arch,
+        n_layer=spec.n_layer,
+        n_expert=spec.n_expert,
+        pure=settings.pure,
+        overrides=overrides,
+    )
+    n_parameters = sum(math.prod(t.shape) for t in spec.tensors)
+    general = general_entries(
+        settings, arch=spec.arch, file_type=RECIPES[settings.recipe].file_type, n_parameters=n_parameters
+    )
+    layout = lay_out(
+        [*general, *spec.metadata, *vocabulary.metadata],
+        [(t.name, t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)],
+    )
+    budget = make_budget(
+        [(t.shape, t.block_type) for t in layout.tensors],
+        file_bytes=layout.total_bytes,
+        vocabulary_bytes=vocabulary_bytes(settings.model_dir),
+        max_ram=settings.max_ram,
+        threads=settings.threads,
+    )
+    tensors = tuple(
+        PlannedTensor(source, place, choice.reason)
+        for source, place, choice in zip(spec.tensors, layout.tensors, choices, strict=True)
+    )
+    return Plan(settings, checkpoint, spec, tensors, layout, budget)
+
+
+def check_output(plan: Plan) -> None:
+    """Refuse an output that would overwrite something, cannot be written, or does not fit on its disk.
+
+    Raises:
+        UsageError: the output exists (and --overwrite is not given), is a folder or belongs to the checkpoint.
+        StorageError: its folder does not exist.
+        DoesNotFitError: there is not enough free space.
+    """
+    output = plan.settings.output
+    if not output.parent.is_dir():
+        raise StorageError(f"{output.parent}: there is no such folder to write {output.name} into")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder: name the file to write with -o")
+    if output.resolve().parent == plan.checkpoint.folder.resolve() and output.suffix != ".gguf":
+        raise UsageError(f"{output} would lie among the files of the checkpoint: name another file with -o")
+    if output.exists() and not plan.settings.overwrite:
+        raise UsageError(f"{output} exists: name another file with -o, or replace it with --overwrite")
+    partial = partial_path(output)
+    reserved = partial.stat().st_blocks * 512 if partial.exists() else 0
+    check_disk(output.parent, plan.budget.peak_disk - reserved)

@@ -1,0 +1,132 @@
+"""Run a plan: encode tensor by tensor into a partial file, read it back, and only then give it its name."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+
+from sq_stream import __version__
+from sq_stream.errors import InterruptedJobError, UsageError
+from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
+from sq_stream.formats.atomic import partial_path
+from sq_stream.formats.checkpoint import check_finite
+from sq_stream.formats.gguf_write import GGUFFile
+from sq_stream.formats.journal import Journal
+from sq_stream.job.plan import Plan, PlannedTensor, check_output
+from sq_stream.job.tiles import row_tiles
+from sq_stream.job.verify import check_tensors
+
+
+def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
+    """Write the file of `plan`, resuming an interrupted run of the same plan.
+
+    Raises:
+        InterruptedJobError: stopped by SIGINT, or another process is writing the same file; running again resumes.
+        UsageError: the output exists, or an interrupted run with other settings is in the way.
+        BadInputError: a weight is NaN or infinite.
+        StorageError: reading or writing failed; what is done is kept.
+        VerificationError: what was read back is not what was written.
+    """
+    started = time.monotonic()
+    output = plan.settings.output
+    check_output(plan)
+    for reason, names in plan.spec.left_out.items():
+        on_event(Note(f"left out: {len(names)} tensors ({reason})"))
+    for warning in plan.checkpoint.warnings:
+        on_event(Note(warning))
+    try:
+        _write(plan, on_event)
+    except KeyboardInterrupt:
+        raise InterruptedJobError(
+            f"interrupted: the finished tensors are in {partial_path(output)}; the same command goes on from there"
+        ) from None
+    finished = Finished(
+        output=str(output),
+        n_bytes=plan.layout.total_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        seconds=time.monotonic() - started,
+        peak_ram=peak_ram(),
+    )
+    on_event(finished)
+    return finished
+
+
+def _write(plan: Plan, on_event: OnEvent) -> None:
+    file, journal = _open(plan, on_event)
+    with file, journal:
+        checksums = {record["tensor"]: record["crc32"] for record in journal.records}
+        _encode(plan, file, journal, checksums, on_event)
+        check_tensors(file.partial, plan.budget.tile_weights, on_event, checksums=checksums)
+        file.commit()
+        journal.remove()
+
+
+def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
+    """The partial file and its journal: those of an interrupted run of the same plan, or new ones."""
+    output = plan.settings.output
+    journal_path = output.with_name(output.name + ".journal")
+    identity = {
+        "sq_stream": __version__,
+        "checkpoint": plan.checkpoint.fingerprint(),
+        "header": hashlib.sha256(plan.layout.header).hexdigest(),
+        **plan.settings.choices(),
+    }
+    partial = partial_path(output)
+    resumable = journal_path.exists() and partial.exists() and not plan.settings.fresh
+    if not resumable:
+        return GGUFFile.create(output, plan.layout), Journal.create(journal_path, identity)
+    journal = Journal.open(journal_path)
+    differing = [key for key in identity if journal.header.get(key) != identity[key]]
+    if differing:
+        journal.close()
+        raise UsageError(
+            f"{partial} is the work of an interrupted run with another {', '.join(differing)}: repeat that run to "
+            "finish it, start over with --fresh, or name another file with -o"
+        )
+    on_event(Note(f"resuming: {len(journal.records)} of {len(plan.tensors)} tensors are done"))
+    return GGUFFile.reopen(output, plan.layout), journal
+
+
+def _encode(plan: Plan, file: GGUFFile, journal: Journal, checksums: dict[str, int], on_event: OnEvent) -> None:
+    """Encode the tensors that have no checksum yet, and add theirs."""
+    import numba
+
+    numba.set_num_threads(plan.settings.threads)
+    on_event(StageStarted("encode", plan.n_weights))
+    done = 0
+    for tensor in plan.tensors:
+        n_weights = tensor.source.n_rows * tensor.source.n_in
+        name = tensor.source.name
+        if name not in checksums:
+            for n_encoded in _encode_tensor(plan, tensor, file, checksums):
+                on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
+            file.sync()
+            journal.append({"tensor": name, "crc32": checksums[name]})
+            on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
+        done += n_weights
+        on_event(Progress("encode", name, done, plan.n_weights))
+
+
+def _encode_tensor(plan: Plan, tensor: PlannedTensor, file: GGUFFile, checksums: dict[str, int]) -> Iterator[int]:
+    """Encode one tensor in row tiles, yielding the weights done so far."""
+    from sq_stream.kernels.codec import encode
+
+    source, crc = tensor.source, 0
+    for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
+        x = source.read(plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
+        check_finite(x, source.source or source.name, rows.start)
+        data = encode(x, tensor.type)  # [n_tile, row_bytes]
+        file.write_rows(tensor.layout, rows.start, data)
+        crc = zlib.crc32(data, crc)
+        yield rows.stop * source.n_in
+    checksums[source.name] = crc
+
+
+def peak_ram() -> int:
+    """Largest resident memory that this process has had, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,128 @@
+"""Read a finished file back: structure, every block decodes to finite values, and how far they are from the source."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sq_stream.errors import VerificationError
+from sq_stream.events import OnEvent, Progress, StageStarted, ignore
+from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.job.tiles import row_tiles
+from sq_stream.models import find
+from sq_stream.models.base import TensorMap
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """What was found of one tensor; errors are None where there is nothing to compare with."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    crc32: int
+    rms_error: float | None  # root mean square of (decoded - source)
+    relative_error: float | None  # the same divided by the root mean square of the source
+
+
+def check_tensors(
+    path: Path,
+    tile_weights: int,
+    on_event: OnEvent = ignore,
+    *,
+    checksums: Mapping[str, int] | None = None,
+    against: tuple[Checkpoint, Mapping[str, TensorMap]] | None = None,
+) -> list[TensorCheck]:
+    """Decode every block of a GGUF file.
+
+    Args:
+        path: the file.
+        tile_weights: values decoded at a time.
+        on_event: told of progress.
+        checksums: CRC-32 that the bytes of each tensor must have.
+        against: a checkpoint and its tensor maps by GGUF name, to compare values with.
+
+    Raises:
+        BadInputError: the structure of the file is wrong.
+        VerificationError: a decoded value is not finite, bytes differ from their checksum, or tensors from the source.
+    """
+    with GGUFReader.open(path) as reader:
+        total = sum(math.prod(t.shape) for t in reader.tensors.values())
+        on_event(StageStarted("verify", total))
+        if against is not None:
+            _same_tensors(path, reader, against[1])
+        checks, done = [], 0
+        for name, tensor in reader.tensors.items():
+            source = None if against is None else (against[0], against[1][name])
+            check = _check_tensor(path, reader, name, tile_weights, source)
+            if checksums is not None and check.crc32 != checksums.get(name):
+                raise VerificationError(
+                    f"{path}: {name}: the bytes read back are not those that were written: check the disk, then "
+                    "quantize again with --fresh"
+                )
+            checks.append(check)
+            done += math.prod(tensor.shape)
+            on_event(Progress("verify", name, done, total))
+    return checks
+
+
+def _check_tensor(
+    path: Path, reader: GGUFReader, name: str, tile_weights: int, source: tuple[Checkpoint, TensorMap] | None
+) -> TensorCheck:
+    from sq_stream.kernels.codec import decode
+
+    tensor = reader.tensors[name]
+    n_rows, n_in = tensor.n_rows, tensor.shape[-1]
+    crc, squared_error, squared_sum = 0, 0.0, 0.0
+    for rows in row_tiles(n_rows, n_in, tile_weights):
+        data = reader.read_rows(name, rows.start, rows.stop)  # uint8 [n_tile, row_bytes]
+        crc = zlib.crc32(data, crc)
+        x = decode(data, tensor.block_type)  # float32 [n_tile, n_in]
+        if not np.isfinite(x).all():
+            row, column = np.argwhere(~np.isfinite(x))[0]
+            raise VerificationError(f"{path}: {name} [{rows.start + row}, {column}] decodes to {x[row, column]}")
+        if source is not None:
+            w = source[1].read(source[0], rows.start, rows.stop)
+            x -= w
+            squared_error += float(np.vdot(x, x))
+            squared_sum += float(np.vdot(w, w))
+    return TensorCheck(
+        name,
+        tensor.block_type.name,
+        tensor.shape,
+        tensor.n_bytes,
+        crc,
+        rms_error=None if source is None else (squared_error / (n_rows * n_in)) ** 0.5,
+        relative_error=None if source is None else (squared_error / squared_sum) ** 0.5 if squared_sum else 0.0,
+    )
+
+
+def _same_tensors(path: Path, reader: GGUFReader, maps: Mapping[str, TensorMap]) -> None:
+    """Both sides must have the same tensors with the same shapes."""
+    missing = [name for name in maps if name not in reader.tensors]
+    foreign = [name for name in reader.tensors if name not in maps]
+    other_shape = [n for n, t in reader.tensors.items() if n in maps and tuple(t.shape) != tuple(maps[n].shape)]
+    for names, what in ((missing, "is missing"), (foreign, "is not in the model"), (other_shape, "has another shape")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise VerificationError(f"{path} was not made from this checkpoint: {names[0]}{more} {what}")
+
+
+def verify_file(
+    path: Path, against: Path | None = None, *, tile_weights: int, on_event: OnEvent = ignore
+) -> list[TensorCheck]:
+    """Check a GGUF file by itself or, with `against`, compare its tensors with the checkpoint that it was made from."""
+    if against is None:
+        return check_tensors(path, tile_weights, on_event)
+    with Checkpoint.open(against) as checkpoint:
+        with GGUFReader.open(path) as reader:
+            mtp = any(".nextn." in name for name in reader.tensors)
+        spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=mtp)
+        return check_tensors(path, tile_weights, on_event, against=(checkpoint, {t.name: t for t in spec.tensors}))
