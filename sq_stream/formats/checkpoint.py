@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.safetensors import MAX_HEADER_BYTES, TensorEntry, read_header
-from sq_stream.formats.storage import read_into, storage_errors
+from sq_stream.formats.storage import Closing, read_into, storage_errors
 from sq_stream.formats.strict_json import parse_object
 
 INDEX = "model.safetensors.index.json"
@@ -59,7 +58,7 @@ def check_finite(x: NDArray[np.float32], tensor: str, first_row: int = 0) -> Non
     )
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint folder. Opening reads config.json and the headers only; every file is checked then.
 
     Reading is safe from several threads at a time. The files stay open until `close`.
@@ -68,29 +67,29 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]  # by name, in the order of the files and of the data in them
-    warnings: tuple[str, ...]  # oddities that do not keep the checkpoint from being read
+    warnings: list[str]  # oddities that do not keep the checkpoint from being read
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors = {}
         self._fds: dict[Path, int] = {}
         self._hash = hashlib.sha256()
-        if not folder.exists():
-            raise BadInputError(f"{folder} does not exist: give the folder of a Hugging Face checkpoint")
-        if not folder.is_dir():
-            raise BadInputError(f"{folder} is a file: give the folder that holds config.json and *.safetensors")
+        self.warnings = []
+        with storage_errors("opening", folder):
+            if not folder.exists():
+                raise BadInputError(f"{folder} does not exist: give the folder of a Hugging Face checkpoint")
+            if not folder.is_dir():
+                raise BadInputError(f"{folder} is a file: give the folder that holds config.json and *.safetensors")
+            present = sorted(os.listdir(folder))
+        if "config.json" not in present:
+            raise BadInputError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
         raw, self.config = self._read_json("config.json")
         self._hash.update(raw)
-        names, weight_map, warnings = self._weight_files()
         try:
-            for name in names:
-                self._open_file(name)
+            self._open_weights(present)
         except BaseException:
             self.close()
             raise
-        if weight_map is not None:
-            self._check_index(weight_map)
-        self.warnings = tuple(warnings)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -140,14 +139,6 @@ class Checkpoint:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _entry(self, name: str) -> TensorEntry:
         entry = self.tensors.get(name)
         if entry is None:
@@ -183,36 +174,40 @@ class Checkpoint:
                 )
             self.tensors[entry.name] = entry
         stat = os.fstat(fd)
-        self._hash.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode() + header.raw)
+        self._hash.update(
+            f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape") + header.raw
+        )
 
     def _read_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
         path = self.folder / name
-        if not path.is_file():
-            raise BadInputError(f"{self.folder} has no {name}: give the folder of a Hugging Face checkpoint")
         with storage_errors("reading", path), open(path, "rb") as file:
             raw = file.read(MAX_HEADER_BYTES + 1)
         if len(raw) > MAX_HEADER_BYTES:
             raise BadInputError(f"{path} is larger than {MAX_HEADER_BYTES} bytes: it is not a {name}")
         return raw, parse_object(raw, path, unique_names=name == INDEX)
 
-    def _weight_files(self) -> tuple[list[str], dict[str, str] | None, list[str]]:
-        """Names of the weight files, the index's tensor → file map if there is an index, warnings."""
-        with storage_errors("listing", self.folder):
-            present = sorted(os.listdir(self.folder))
+    def _open_weights(self, present: Sequence[str]) -> None:
+        """Open the weight files among the names `present`: those of the index if there is one, else all that fit."""
+        available = [name for name in present if name.endswith(".safetensors")]
         if INDEX in present:
             _, index = self._read_json(INDEX)
             weight_map = _parse_weight_map(index.get("weight_map"), self.folder / INDEX)
             names = sorted(set(weight_map.values()))
             _refuse_missing([n for n in names if not (self.folder / n).is_file()], self.folder / INDEX)
-            return names, weight_map, []
-        names = [n for n in present if n.endswith(".safetensors")]
-        names = [n for n in names if n.startswith("model")] or names
-        if not names:
-            raise _no_weights(self.folder, present)
-        _refuse_missing(_missing_shards(names), self.folder)
-        return names, None, []
+        else:
+            weights = [name for name in available if not name.startswith("adapter_")]
+            names = [name for name in weights if name.startswith("model")] or weights
+            if not names:
+                raise _no_weights(self.folder, present)
+            _refuse_missing(_missing_shards(names), self.folder)
+        for name in names:
+            self._open_file(name)
+        if INDEX in present:
+            self._check_index(weight_map, index.get("metadata"))
+        if left_aside := sorted(set(available) - set(names)):
+            self.warnings.append(f"not part of the checkpoint, left aside: {', '.join(left_aside)}")
 
-    def _check_index(self, weight_map: dict[str, str]) -> None:
+    def _check_index(self, weight_map: dict[str, str], metadata: Any) -> None:
         """Raise BadInputError unless the index and the headers name the same tensors in the same files."""
         index = self.folder / INDEX
         found = {name: entry.path.name for name, entry in self.tensors.items()}
@@ -228,6 +223,11 @@ class Checkpoint:
                 f"{found[name]} holds tensor {name!r}, which {index} does not name ({len(extra)} such tensors): "
                 "index and files are of different checkpoints, download them again"
             )
+        # Every tensor is accounted for by now, and published indexes do get this sum wrong: no reason to refuse.
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+        total = sum(entry.n_bytes for entry in self.tensors.values())
+        if stated is not None and stated != total:
+            self.warnings.append(f"{INDEX} states a total_size of {stated} bytes, the tensors have {total}")
 
 
 def _spans(rows: slice | NDArray[np.int64], n_rows: int) -> Iterator[tuple[int, int]]:
@@ -274,9 +274,7 @@ def _missing_shards(names: Sequence[str]) -> list[str]:
 
 def _refuse_missing(missing: Sequence[str], where: Path) -> None:
     if missing:
-        raise BadInputError(
-            f"{where} needs {len(missing)} weight files that are not there: {', '.join(missing)}; download them"
-        )
+        raise BadInputError(f"{where} lacks {len(missing)} weight files: {', '.join(missing)}; download them")
 
 
 def _no_weights(folder: Path, present: Sequence[str]) -> BadInputError:
@@ -286,6 +284,8 @@ def _no_weights(folder: Path, present: Sequence[str]) -> BadInputError:
             f"{folder} holds only pickled weights ({pickled[0]}), which can run code when loaded: convert them to "
             "safetensors (transformers: model.save_pretrained(folder, safe_serialization=True))"
         )
+    if any(name.startswith("adapter_") for name in present):
+        return BadInputError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first")
     if any(name.endswith(".gguf") for name in present):
         return BadInputError(
             f"{folder} holds a GGUF file, no *.safetensors: quantizing starts from the original weights"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +109,9 @@ def lay_out(
 
 
 def _refuse_duplicates(kind: str, names: Sequence[str]) -> None:
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"{kind} {twice!r} is given twice")
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise ValueError(f"{kind} {name!r} is given {count} times")
 
 
 def _encode_string(text: str) -> bytes:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,14 +30,15 @@ from sq_stream.formats.gguf_layout import (
     padded,
 )
 from sq_stream.formats.metadata import Entry, ValueType
-from sq_stream.formats.storage import read_into, storage_errors
+from sq_stream.formats.storage import Closing, read_into, storage_errors
 from sq_stream.formats.strict_json import LFS_POINTER, refuse_lfs_pointer
 
+_MAX_VALUE_BYTES = 2**28  # of one metadata value; the largest vocabularies take some 2**23
 _MIN_ENTRY_BYTES = 8 + 4 + 1  # an empty key, a type, one byte
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # an empty name, no dimensions, a type, an offset
 
 
-class GGUFReader:
+class GGUFReader(Closing):
     """An open GGUF file: its metadata and tensors by name, in file order; the data is read when asked for."""
 
     path: Path
@@ -51,15 +50,14 @@ class GGUFReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO
-        with storage_errors("opening", path):
+        with storage_errors("reading", path):
             self._file = open(path, "rb", buffering=2**20)  # noqa: SIM115 - closed by close()
-        try:
-            self.file_bytes = os.fstat(self._file.fileno()).st_size
-            self._parse(_Cursor(self._file, path, self.file_bytes))
-        except BaseException:
-            self.close()
-            raise
+            try:
+                self.file_bytes = os.fstat(self._file.fileno()).st_size
+                self._parse(_Cursor(self._file, path, self.file_bytes))
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def open(cls, path: Path) -> GGUFReader:
@@ -90,14 +88,6 @@ class GGUFReader:
     def close(self) -> None:
         """Close the file; nothing can be read after."""
         self._file.close()
-
-    def __enter__(self) -> GGUFReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _parse(self, cursor: _Cursor) -> None:
         n_tensors, n_entries = _parse_start(cursor)
@@ -156,7 +146,9 @@ class _Cursor:
         return BadInputError(f"{self.path} is not a sound GGUF file: {what} (near byte {self.position})")
 
     def require(self, n_bytes: int, what: str) -> None:
-        """Raise BadInputError unless `n_bytes` are left for `what`."""
+        """Raise BadInputError unless `n_bytes` are left for `what` and not absurdly many."""
+        if n_bytes > _MAX_VALUE_BYTES:
+            raise self.damaged(f"{what} needs {n_bytes} bytes; at most {_MAX_VALUE_BYTES} are believed")
         if n_bytes > self.file_bytes - self.position:
             raise BadInputError(
                 f"{self.path} is truncated or damaged: {what} at byte {self.position} needs {n_bytes} bytes, "
@@ -165,24 +157,25 @@ class _Cursor:
 
     def take(self, n_bytes: int, what: str) -> bytes:
         self.require(n_bytes, what)
-        with storage_errors("reading", self.path):
-            data = self.file.read(n_bytes)
-        self.position += n_bytes
+        data = self.file.read(n_bytes)
+        self.position += len(data)
         return data
 
-    def unpack(self, form: str, what: str) -> Any:
-        """One value of struct format `form`."""
-        return struct.unpack("<" + form, self.take(struct.calcsize(form), what))[0]
+    def u32(self, what: str) -> int:
+        return int.from_bytes(self.take(4, what), "little")
+
+    def u64(self, what: str) -> int:
+        return int.from_bytes(self.take(8, what), "little")
 
     def string(self, what: str) -> str:
-        data = self.take(self.unpack("Q", what), what)
+        data = self.take(self.u64(what), what)
         try:
             return data.decode()
         except UnicodeDecodeError as error:
             raise self.damaged(f"{what} is not UTF-8 ({error})") from error
 
     def value_type(self, what: str) -> ValueType:
-        number = self.unpack("I", what)
+        number = self.u32(what)
         if number not in ValueType._value2member_map_:
             raise self.damaged(f"{what} has the unknown type {number}")
         return ValueType(number)
@@ -196,14 +189,13 @@ def _parse_start(cursor: _Cursor) -> tuple[int, int]:
     if not start.startswith(MAGIC):
         raise BadInputError(f"{cursor.path} is not a GGUF file: it begins with {start[:4]!r}, not {MAGIC!r}")
     cursor.take(4, "the magic")
-    version = cursor.unpack("I", "the version")
+    version = cursor.u32("the version")
     if version != VERSION:
         big_endian = " (a big-endian file)" if version & 0xFFFF == 0 else ""
         raise BadInputError(f"{cursor.path} is GGUF version {version}{big_endian}; version {VERSION} can be read")
-    n_tensors, n_entries = cursor.unpack("Q", "the tensor count"), cursor.unpack("Q", "the metadata count")
-    cursor.require(
-        n_entries * _MIN_ENTRY_BYTES + n_tensors * _MIN_TENSOR_BYTES, f"{n_entries} keys, {n_tensors} tensors"
-    )
+    n_tensors, n_entries = cursor.u64("the tensor count"), cursor.u64("the metadata count")
+    least_bytes = n_entries * _MIN_ENTRY_BYTES + n_tensors * _MIN_TENSOR_BYTES
+    cursor.require(least_bytes, f"a header of {n_entries} keys and {n_tensors} tensors")
     return n_tensors, n_entries
 
 
@@ -216,7 +208,7 @@ def _parse_entry(cursor: _Cursor) -> Entry:
     if kind is not ValueType.ARRAY:
         return Entry(key, kind, _parse_numbers(cursor, kind, 1, what)[0].item())
     element = cursor.value_type(what)
-    count = cursor.unpack("Q", what)
+    count = cursor.u64(what)
     if element is ValueType.ARRAY:
         raise cursor.damaged(f"{what} is an array of arrays")
     if element is ValueType.STRING:
@@ -241,11 +233,11 @@ def _parse_tensor_info(cursor: _Cursor) -> TensorLayout:
     what = f"the description of tensor {name!r}"
     if len(name.encode()) > MAX_NAME_BYTES:
         raise cursor.damaged(f"the tensor name {name!r} is longer than {MAX_NAME_BYTES} bytes")
-    n_dims = cursor.unpack("I", what)
+    n_dims = cursor.u32(what)
     if n_dims > MAX_DIMENSIONS:
         raise cursor.damaged(f"tensor {name!r} has {n_dims} dimensions, at most {MAX_DIMENSIONS} are allowed")
-    shape = tuple(reversed([cursor.unpack("Q", what) for _ in range(n_dims)])) or (1,)
-    block_type = _block_type(cursor.unpack("I", what), name, cursor)
+    shape = tuple(reversed([cursor.u64(what) for _ in range(n_dims)])) or (1,)
+    block_type = _block_type(cursor.u32(what), name, cursor)
     if math.prod(shape) >= 2**63 or max(shape) >= 2**63:
         raise cursor.damaged(f"tensor {name!r} has the impossible shape {list(shape)}")
     if shape[-1] % block_type.block_size:
@@ -253,7 +245,7 @@ def _parse_tensor_info(cursor: _Cursor) -> TensorLayout:
             f"tensor {name!r} has rows of {shape[-1]} values, not a multiple of the {block_type.block_size} "
             f"of a {block_type.name} block"
         )
-    return TensorLayout(name, shape, block_type, cursor.unpack("Q", what), block_type.tensor_bytes(shape))
+    return TensorLayout(name, shape, block_type, cursor.u64(what), block_type.tensor_bytes(shape))
 
 
 _BY_ID = {t.ggml_id: t for t in BLOCK_TYPES.values()}

@@ -5,19 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import BadInputError, InterruptedJobError
+from sq_stream.errors import BadInputError, InterruptedJobError, StorageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.gguf_layout import FileLayout, TensorLayout
-from sq_stream.formats.storage import read_into, storage_errors, sync_folder, write_all
+from sq_stream.formats.storage import Closing, read_into, storage_errors, sync_folder, write_all
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """A GGUF file being written to `<path>.partial`; `commit` gives it its name.
 
     Rows may be written in any order and from several threads. The partial file is locked (flock) while it is open and
@@ -46,7 +46,9 @@ class GGUFFile:
                 _allocate(file._open_fd, layout.total_bytes)
             write_all(file._open_fd, layout.header, 0, file.partial)
         except BaseException:
-            file.abandon()
+            with suppress(StorageError):
+                file.abandon()
+            file.close()
             raise
         return file
 
@@ -130,14 +132,6 @@ class GGUFFile:
             os.close(self._fd)
             self._fd = None
 
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @property
     def _open_fd(self) -> int:
         if self._fd is None:
@@ -146,16 +140,21 @@ class GGUFFile:
 
 
 def _open_locked(path: Path, flags: int) -> int:
-    with storage_errors("opening", path):
-        fd = os.open(path, flags, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    """Open and lock `path`; a file that its last writer renamed or deleted before we had the lock is let go."""
+    while True:
+        with storage_errors("opening", path):
+            fd = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise InterruptedJobError(f"another process is writing {path}: wait for it to end, or stop it") from error
+        except OSError:  # a file system without locks
+            return fd
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
         os.close(fd)
-        raise InterruptedJobError(f"another process is writing {path}: wait for it to end, or stop it") from error
-    except OSError:  # a file system without locks
-        pass
-    return fd
 
 
 def _allocate(fd: int, n_bytes: int) -> None:

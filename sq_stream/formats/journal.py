@@ -9,15 +9,14 @@ import json
 import os
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.atomic import atomic_write
-from sq_stream.formats.storage import storage_errors, sync_folder, write_all
+from sq_stream.formats.storage import Closing, storage_errors, sync_folder, write_all
 
 
-class Journal:
+class Journal(Closing):
     """An open journal: its header and the records read from the file or appended since."""
 
     def __init__(self, path: Path) -> None:
@@ -91,14 +90,6 @@ class Journal:
         with storage_errors("deleting", self.path):
             self.path.unlink(missing_ok=True)
         sync_folder(self.path.parent)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _encode(record: dict[str, Any]) -> bytes:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,22 @@ _ADVICE = {
     errno.EIO: "the disk reported a fault: check it, or work on a copy",
     errno.ESTALE: "the network file system lost the file: mount it again",
 }
+
+
+_Self = TypeVar("_Self", bound="Closing")
+
+
+class Closing(ABC):
+    """A thing with `close`, called at the end of its `with` block."""
+
+    @abstractmethod
+    def close(self) -> None: ...  # noqa: D102
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def parse_object(data: bytes, path: Path, *, unique_names: bool = False) -> dict
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if unique_names and len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in result if names.count(name) > 1)
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise BadInputError(f"{path} names {twice!r} twice: the file is damaged, download it again")
         return result
 
