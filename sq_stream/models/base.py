@@ -34,6 +34,7 @@ class TensorMap:
     name: str  # GGUF name
     shape: tuple[int, ...]  # of the target, row-major: [n_out, n_in] or [n]
     source: str = ""  # Hugging Face name
+    source_shape: tuple[int, ...] | None = None  # where it differs from `shape` by dimensions of one value
     row_order: NDArray[np.int64] | None = None  # [n_out]
     column_order: NDArray[np.int64] | None = None  # [n_in]
     function: Function = "identity"
@@ -60,7 +61,7 @@ class TensorMap:
         if self.function == "add_one":
             x = x + np.float32(1)
         elif self.function == "neg_exp":
-            x = -np.exp(x)
+            x = -np.exp(x.astype(np.float64)).astype(np.float32)  # float32 exp differs between machines
         return x
 
 
@@ -74,6 +75,7 @@ class ModelSpec:
     metadata: tuple[Entry, ...]  # the `<arch>.*` keys; general.* and tokenizer.* come from elsewhere
     n_expert: int = 0
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> checkpoint tensors not converted
+    notes: tuple[str, ...] = ()  # where llama.cpp will run the model otherwise than its authors' code: for the user
 
 
 class ModelFile(Protocol):
