@@ -12,8 +12,8 @@ import click
 
 from sq_stream import __version__
 from sq_stream.cli.console import LOG_FORMATS, Console
-
-RECIPES = ("q4_k_m", "q4_k_s", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")
+from sq_stream.job.settings import EFFORTS
+from sq_stream.quantize.recipe import RECIPES
 
 EPILOG = """\b
 Exit codes:
@@ -47,7 +47,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--type",
             "recipe",
-            type=click.Choice(RECIPES),
+            type=click.Choice(list(RECIPES)),
             default="q4_k_m",
             show_default=True,
             help="Recipe of block types, as llama-quantize names them.",
@@ -65,7 +65,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--effort",
-            type=click.Choice(["fast", "balanced", "best"]),
+            type=click.Choice(EFFORTS),
             default="fast",
             show_default=True,
             help="fast: weights only. balanced and best (calibrated) are not available yet.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 from sq_stream.job.plan import Plan
@@ -15,7 +15,7 @@ from sq_stream.units import format_duration, format_size
 
 def to_json(value: Any) -> str:
     """A dataclass, or a list or dict of such, as indented JSON."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=lambda x: asdict(x) if is_dataclass(x) else str(x))
+    return json.dumps(value, indent=2, ensure_ascii=False, default=asdict)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -69,13 +69,12 @@ def plan_text(plan: Plan) -> str:
     for t in plan.tensors:
         source = t.source.source or "(computed)"
         rows.append((t.layout.name, source, _shape(t.layout.shape), t.type.name, str(t.layout.n_bytes), t.reason))
-    left_out = [f"left out   {len(names)} tensors: {reason}" for reason, names in plan.spec.left_out.items()]
     summary = [
         f"model      {plan.settings.model_dir} ({plan.spec.arch}, {plan.n_weights / 1e6:.1f} M weights)",
         f"output     {plan.settings.output}, {format_size(plan.layout.total_bytes)}",
         f"tensors    {format_size(plan.tensor_bytes)}, {plan.bits_per_weight:.2f} bits per weight",
         *(f"           {line}" for line in _type_lines([_summary(t) for t in plan.tensors])),
-        *left_out,
+        *(f"note       {note}" for note in plan.notes),
         f"peak RAM   {format_size(plan.budget.peak_ram)} of {format_size(plan.settings.max_ram)}",
         f"peak disk  {format_size(plan.budget.peak_disk)}",
         f"time       roughly {format_duration(plan.budget.seconds)} on {plan.settings.threads} threads",

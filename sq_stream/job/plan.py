@@ -16,7 +16,7 @@ from sq_stream.job.settings import Settings
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.quantize.recipe import RECIPES, choose_types, parse_override
-from sq_stream.text.vocabulary import read_vocabulary, vocabulary_bytes
+from sq_stream.text.vocabulary import read_vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     layout: FileLayout
     budget: Budget
+    notes: tuple[str, ...] = ()  # what the user should know
 
     @property
     def n_weights(self) -> int:
@@ -96,7 +97,7 @@ def make_plan(settings: Settings) -> Plan:
     budget = make_budget(
         [(t.shape, t.block_type) for t in layout.tensors],
         file_bytes=layout.total_bytes,
-        vocabulary_bytes=vocabulary_bytes(settings.model_dir),
+        vocabulary_bytes=sum(path.stat().st_size for path in settings.model_dir.glob("tokenizer.*")),
         max_ram=settings.max_ram,
         threads=settings.threads,
     )
@@ -104,7 +105,9 @@ def make_plan(settings: Settings) -> Plan:
         PlannedTensor(source, place, choice.reason)
         for source, place, choice in zip(spec.tensors, layout.tensors, choices, strict=True)
     )
-    return Plan(settings, checkpoint, spec, tensors, layout, budget)
+    left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
+    notes = (*checkpoint.warnings, *vocabulary.notes, *left_out)
+    return Plan(settings, checkpoint, spec, tensors, layout, budget, notes)
 
 
 def check_output(plan: Plan) -> None:

@@ -34,10 +34,8 @@ def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
     started = time.monotonic()
     output = plan.settings.output
     check_output(plan)
-    for reason, names in plan.spec.left_out.items():
-        on_event(Note(f"left out: {len(names)} tensors ({reason})"))
-    for warning in plan.checkpoint.warnings:
-        on_event(Note(warning))
+    for note in plan.notes:
+        on_event(Note(note))
     try:
         _write(plan, on_event)
     except KeyboardInterrupt:
@@ -121,7 +119,7 @@ def _encode_tensor(plan: Plan, tensor: PlannedTensor, file: GGUFFile, checksums:
         check_finite(x, source.source or source.name, rows.start)
         data = encode(x, tensor.type)  # [n_tile, row_bytes]
         file.write_rows(tensor.layout, rows.start, data)
-        crc = zlib.crc32(data, crc)
+        crc = zlib.crc32(data.data, crc)
         yield rows.stop * source.n_in
     checksums[source.name] = crc
 

@@ -83,7 +83,7 @@ def _check_tensor(
     crc, squared_error, squared_sum = 0, 0.0, 0.0
     for rows in row_tiles(n_rows, n_in, tile_weights):
         data = reader.read_rows(name, rows.start, rows.stop)  # uint8 [n_tile, row_bytes]
-        crc = zlib.crc32(data, crc)
+        crc = zlib.crc32(data.data, crc)
         x = decode(data, tensor.block_type)  # float32 [n_tile, n_in]
         if not np.isfinite(x).all():
             row, column = np.argwhere(~np.isfinite(x))[0]
