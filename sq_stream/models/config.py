@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ MAX_SIZE = 2**20
 """No dimension of a known model comes near this; a larger one is a damaged config, not a model."""
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp."""
+_MIN_FLOAT, _MAX_FLOAT = 2.0**-126, 2.0**127
 
 
 class Config:
@@ -40,10 +40,10 @@ class Config:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """A positive number that a 32-bit float can hold."""
         value = self._read(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self._error(key, value, "a positive finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _MIN_FLOAT <= value <= _MAX_FLOAT:
+            raise self._error(key, value, "a positive number that a 32-bit float can hold")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

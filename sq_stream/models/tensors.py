@@ -23,15 +23,15 @@ def linear(name: str, source: str, n_out: int, n_in: int) -> TensorMap:
 
 
 def text_prefix(shapes: Shapes, *candidates: str) -> str:
-    """What stands before the text model's tensor names: the candidate under which the token embedding is found.
+    """What stands before the text model's tensor names: the candidate under which layer 0 is found.
 
     Raises:
         BadInputError: it is under none of them.
     """
     for prefix in candidates:
-        if f"{prefix}embed_tokens.weight" in shapes:
+        if any(name.startswith(f"{prefix}layers.0.") for name in shapes):
             return prefix
-    raise BadInputError(f"the checkpoint has no token embedding: {candidates[0]}embed_tokens.weight is missing")
+    raise BadInputError(f"the checkpoint has no text model: no tensor's name begins with {candidates[0]}layers.0")
 
 
 class TensorTable:
