@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sq_stream.errors import BadInputError, UnsupportedModelError, UsageError
 from sq_stream.formats.metadata import Entry, f32, u32
-from sq_stream.models.base import Function, TensorMap
+from sq_stream.models.base import Function, ModelSpec, TensorMap
 from sq_stream.models.config import MAX_LAYERS, Config
-from sq_stream.models.tensors import TensorTable, linear, norm
+from sq_stream.models.tensors import Shapes, TensorTable, linear, norm
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -165,3 +166,30 @@ def attention(dims: Dims) -> list[TensorMap]:
         linear("attn_v", "self_attn.v_proj", dims.n_kv, dims.d_model),
         linear("attn_output", "self_attn.o_proj", dims.d_model, dims.n_q),
     ]
+
+
+def describe_uniform(
+    arch: str,
+    config: Config,
+    dims: Dims,
+    shapes: Shapes,
+    *,
+    layer: Sequence[TensorMap],
+    keys: Sequence[Entry],
+    computed: Sequence[TensorMap] = (),
+    notes: tuple[str, ...] = (),
+) -> ModelSpec:
+    """A text model whose layers all have the tensors `layer`, with `keys` beside the common ones.
+
+    Raises:
+        BadInputError: see `base.ModelFile.describe`.
+    """
+    table = TensorTable(shapes)
+    leave_out_inverse_frequencies(table)
+    take_ends(table, dims, "model.", tied=config.flag("tie_word_embeddings", False))
+    for i in range(dims.n_layer):
+        table.take(*layer, into=f"blk.{i}.", source=f"model.layers.{i}.")
+    table.take(*computed)
+    tensors, left_out = table.close()
+    keys = (*common_keys(arch, dims, config), *keys)
+    return ModelSpec(arch, dims.n_layer, tensors, keys, left_out=left_out, notes=notes)

@@ -12,17 +12,15 @@ from sq_stream.models.config import Config
 from sq_stream.models.decoder import (
     Dims,
     attention,
-    common_keys,
+    describe_uniform,
     feed_forward,
     head_keys,
-    leave_out_inverse_frequencies,
     read_dims,
     refuse_mtp,
     refuse_variants,
-    take_ends,
 )
 from sq_stream.models.rope import llama3_factors, paired_rows, read_rope, rope_keys
-from sq_stream.models.tensors import Shapes, TensorTable, norm
+from sq_stream.models.tensors import Shapes, norm
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 ARCH = "llama"
@@ -45,24 +43,14 @@ def describe_llama(c: Config, shapes: Shapes, *, mtp: bool, notes: tuple[str, ..
     dims = read_dims(c)
     rope = read_rope(c, "linear", "llama3", "yarn")
 
-    table = TensorTable(shapes)
-    leave_out_inverse_frequencies(table)
-    take_ends(table, dims, "model.", tied=c.flag("tie_word_embeddings", False))
-    layer = _layer(dims)
-    for i in range(dims.n_layer):
-        table.take(*layer, into=f"blk.{i}.", source=f"model.layers.{i}.")
-    if rope.kind == "llama3":
-        table.take(llama3_factors(rope, dims.head_dim))
-    tensors, left_out = table.close()
-
     keys = [
-        *common_keys(ARCH, dims, c),
         *head_keys(ARCH, dims),
         *rope_keys(ARCH, rope, dims.n_context),
         u32(f"{ARCH}.rope.dimension_count", dims.head_dim),
         u32(f"{ARCH}.vocab_size", dims.n_vocab),
     ]
-    return ModelSpec(ARCH, dims.n_layer, tensors, tuple(keys), left_out=left_out, notes=notes)
+    computed = [llama3_factors(rope, dims.head_dim)] if rope.kind == "llama3" else []
+    return describe_uniform(ARCH, c, dims, shapes, layer=_layer(dims), keys=keys, computed=computed, notes=notes)
 
 
 def _layer(dims: Dims) -> list[TensorMap]:

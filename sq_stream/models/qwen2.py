@@ -11,18 +11,16 @@ from sq_stream.models.config import Config
 from sq_stream.models.decoder import (
     Dims,
     attention,
-    common_keys,
+    describe_uniform,
     feed_forward,
     head_keys,
-    leave_out_inverse_frequencies,
     read_dims,
     refuse_mtp,
     refuse_variants,
     sliding_window_note,
-    take_ends,
 )
 from sq_stream.models.rope import read_rope, rope_keys
-from sq_stream.models.tensors import Shapes, TensorTable, norm
+from sq_stream.models.tensors import Shapes, norm
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 ARCH = "qwen2"
@@ -42,19 +40,11 @@ def describe(config: Mapping[str, Any], shapes: Shapes, *, mtp: bool = False) ->
         )
     rope = read_rope(c, "linear", "yarn")
 
-    table = TensorTable(shapes)
-    leave_out_inverse_frequencies(table)
-    take_ends(table, dims, "model.", tied=c.flag("tie_word_embeddings", False))
-    layer = _layer(dims)
-    for i in range(dims.n_layer):
-        table.take(*layer, into=f"blk.{i}.", source=f"model.layers.{i}.")
-    tensors, left_out = table.close()
-
-    keys = [*common_keys(ARCH, dims, c), *rope_keys(ARCH, rope, dims.n_context)]
+    keys = rope_keys(ARCH, rope, dims.n_context)
     if "head_dim" in c:
         keys += head_keys(ARCH, dims)
     notes = sliding_window_note(c) if c.flag("use_sliding_window", False) else ()
-    return ModelSpec(ARCH, dims.n_layer, tensors, tuple(keys), left_out=left_out, notes=notes)
+    return describe_uniform(ARCH, c, dims, shapes, layer=_layer(dims), keys=keys, notes=notes)
 
 
 def _layer(dims: Dims) -> list[TensorMap]:
