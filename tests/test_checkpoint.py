@@ -243,21 +243,21 @@ def folder(tmp_path_factory):
 
 
 ROWS = st.one_of(
-    st.slices(7).filter(lambda s: s.step in (None, 1)),
-    hnp.arrays(np.int64, st.integers(0, 20), elements=st.integers(0, 6)),
+    st.slices(14),
+    hnp.arrays(np.int64, st.integers(0, 20), elements=st.integers(0, 13)),
 )
 
 
 @given(
     codes=hnp.arrays(np.uint16, (7, 2, 3), elements=st.integers(0, 2**16 - 1)),
     rows=ROWS,
-    chunk=st.sampled_from([1, 4, 999]),
+    chunk=st.sampled_from([1, 13, 999]),
 )
 def test_bf16_rows_are_the_upper_halves_of_float32(folder, codes, rows, chunk):
     bf16_file(folder / "model.safetensors", "x", codes.shape, codes)
     matrix = codes.reshape(14, 3)
     with pytest.MonkeyPatch.context() as patch, Checkpoint.open(folder) as checkpoint:
-        patch.setattr(checkpoint_module, "_CHUNK_VALUES", chunk)
+        patch.setattr(checkpoint_module, "_CHUNK_BYTES", chunk)
         x = checkpoint.read_rows("x", rows)
     upper = x.view(np.uint32) >> 16
     np.testing.assert_array_equal(upper, matrix[rows])
@@ -278,8 +278,6 @@ def test_refuses_rows_that_are_not_there(single):
         for rows in ([5], [-1]):
             with pytest.raises(IndexError):
                 checkpoint.read_rows("x", np.array(rows, np.int64))
-        with pytest.raises(ValueError, match="steps of 1"):
-            checkpoint.read_rows("x", slice(0, 4, 2))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -7,6 +7,7 @@ asked for, and a file that shrinks or fails under us raises an error where a map
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -18,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream.errors import BadInputError
-from sq_stream.formats.safetensors import MAX_HEADER_BYTES, TensorEntry, read_header
+from sq_stream.formats.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, TensorEntry, read_header
 from sq_stream.formats.storage import Closing, read_into, storage_errors
 from sq_stream.formats.strict_json import parse_object
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_CHUNK_VALUES = 2**18  # read and converted at a time: stays in the cache
+_CHUNK_BYTES = 2**19  # read and converted at a time: stays in the cache
 
 
 def _from_bf16(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
@@ -117,21 +118,24 @@ class Checkpoint(Closing):
         """Rows of tensor `name` as float32 [n, n_in].
 
         The tensor is seen as a matrix [all dimensions but the last, the last], a vector being one row. `rows` is a
-        slice of step 1 or row numbers in any order. NaN and Inf are returned as they are (see `check_finite`).
+        slice or row numbers in any order. NaN and Inf are returned as they are (see `check_finite`).
 
         Raises:
             BadInputError: no such tensor, or its dtype is not BF16, F16 or F32.
             StorageError: reading fails.
         """
         entry = self._entry(name)
-        n_in = entry.shape[-1] if entry.shape else 1
-        n_rows = math.prod(entry.shape[:-1])
-        spans = list(_spans(rows, n_rows))
-        x = np.empty((sum(n for _, n in spans), n_in), np.float32)
-        done = 0
-        for start, n in spans:
-            self._read_values(entry, start * n_in, x[done : done + n].reshape(-1))
-            done += n
+        n_rows, n_in = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 1
+        numbers = _row_numbers(rows, n_rows)
+        row_bytes = n_in * DTYPE_BITS[entry.dtype] // 8
+        chunk_rows = max(1, _CHUNK_BYTES // max(row_bytes, 1))
+        raw = np.empty((min(chunk_rows, len(numbers)), row_bytes), np.uint8)
+        x = np.empty((len(numbers), n_in), np.float32)
+        for begin in range(0, len(numbers), chunk_rows):
+            chunk = numbers[begin : begin + chunk_rows]
+            for first, start, n in _runs(chunk):
+                read_into(self._fds[entry.path], raw[first : first + n], entry.offset + start * row_bytes, entry.path)
+            _TO_FLOAT32[entry.dtype](raw[: len(chunk)], x[begin : begin + len(chunk)])
         return x
 
     def close(self) -> None:
@@ -149,16 +153,6 @@ class Checkpoint(Closing):
                 "use the checkpoint as it was before it was quantized"
             )
         return entry
-
-    def _read_values(self, entry: TensorEntry, first: int, out: NDArray[np.float32]) -> None:
-        """Fill `out` [n] with the tensor's values from number `first` on."""
-        width = 4 if entry.dtype == "F32" else 2
-        buffer = np.empty(min(out.size, _CHUNK_VALUES) * width, np.uint8)
-        for begin in range(0, out.size, _CHUNK_VALUES):
-            part = out[begin : begin + _CHUNK_VALUES]
-            raw = buffer[: part.size * width]
-            read_into(self._fds[entry.path], raw, entry.offset + (first + begin) * width, entry.path)
-            _TO_FLOAT32[entry.dtype](raw, part)
 
     def _open_file(self, name: str) -> None:
         path = self.folder / name
@@ -230,22 +224,19 @@ class Checkpoint(Closing):
             self.warnings.append(f"{INDEX} states a total_size of {stated} bytes, the tensors have {total}")
 
 
-def _spans(rows: slice | NDArray[np.int64], n_rows: int) -> Iterator[tuple[int, int]]:
-    """Runs (first row, number of rows) of consecutive rows that `rows` names, in its order."""
+def _row_numbers(rows: slice | NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
     if isinstance(rows, slice):
-        start, stop, step = rows.indices(n_rows)
-        if step != 1:
-            raise ValueError(f"rows are read in steps of 1, not {step}")
-        yield start, max(stop - start, 0)
-        return
-    if rows.size == 0:
-        return
-    if rows.min() < 0 or rows.max() >= n_rows:
+        return np.arange(*rows.indices(n_rows))
+    if rows.size and (rows.min() < 0 or rows.max() >= n_rows):
         raise IndexError(f"rows {rows.min()} to {rows.max()} of a tensor of {n_rows} rows")
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    edges = np.concatenate(([0], breaks, [rows.size]))
-    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        yield int(rows[begin]), end - begin
+    return rows
+
+
+def _runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Runs of consecutive values in `numbers`: position of the first, its value, length."""
+    edges = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    for begin, end in itertools.pairwise(edges):
+        yield begin, int(numbers[begin]), end - begin
 
 
 def _parse_weight_map(weight_map: Any, path: Path) -> dict[str, str]:
