@@ -91,5 +91,6 @@ class ModelFile(Protocol):
         Raises:
             BadInputError: a tensor is missing, unexpected or of the wrong shape, or a config value is unusable.
             UnsupportedModelError: the config asks for a variant that is not supported.
+            UsageError: `mtp` is asked of a checkpoint without multi-token prediction layers.
         """
         ...

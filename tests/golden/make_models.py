@@ -39,8 +39,12 @@ def convert(folder: Path, file_type: str, mtp: bool) -> Any:
     return gguf.GGUFReader(out)
 
 
+def digest(x: np.ndarray) -> str:
+    return hashlib.sha256(x.tobytes()).hexdigest()[:16]
+
+
 def describe(name: str, folder: Path) -> dict[str, Any]:
-    """Keys and tensors of the converter's files; checksums are those of the F32 file."""
+    """Keys, and tensors with a checksum of their F32 data and the types and checksums of the BF16 and F16 files."""
     # Gemma 3's converter drops the embedding's rows beyond the tokenizer's vocabulary
     vocabulary = {"model": {"vocab": {str(i): i for i in range(N_VOCAB)}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
@@ -53,19 +57,17 @@ def describe(name: str, folder: Path) -> dict[str, Any]:
         for key, field in sorted(f32.fields.items())
         if key.startswith(f"{arch}.")
     }
-    types = {t: {x.name: x.tensor_type.name for x in file.tensors} for t, file in files.items()}
+    others = {
+        name: {x.name: x for x in files[t].tensors} for name, t in (("bf16", "MOSTLY_BF16"), ("f16", "MOSTLY_F16"))
+    }
     tensors = {}
     for x in sorted(f32.tensors, key=lambda x: x.name):
         values = np.asarray(x.data, "<f4")
+        computed = x.name.endswith(COMPUTED)
         tensors[x.name] = {
             "shape": [int(n) for n in reversed(x.shape)],
-            "bf16": types["MOSTLY_BF16"][x.name],
-            "f16": types["MOSTLY_F16"][x.name],
-            **(
-                {"values": values.ravel().tolist()}
-                if x.name.endswith(COMPUTED)
-                else {"sha256": hashlib.sha256(values.tobytes()).hexdigest()[:16]}
-            ),
+            "f32": values.ravel().tolist() if computed else digest(values),
+            **{t: [other[x.name].tensor_type.name, digest(other[x.name].data)] for t, other in others.items()},
         }
     return {"arch": arch, "keys": keys, "tensors": tensors}
 
