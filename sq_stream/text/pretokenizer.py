@@ -1,7 +1,7 @@
-"""Recognise a byte-level BPE tokenizer's pre-tokenizer: llama.cpp's name for the way it splits text into words.
+"""Recognize a byte-level BPE tokenizer's pre-tokenizer: llama.cpp's name for the way it splits text into words.
 
-llama.cpp's converter recognises published vocabularies by a hash of the token ids of a check text. Here the definition in
-tokenizer.json decides, so a retrained or extended vocabulary is recognised too. Source of names and expressions:
+llama.cpp's converter recognizes published vocabularies by a hash of the token ids of a check text. Here the definition
+in tokenizer.json decides, so a retrained or extended vocabulary is recognized too. Source of names and expressions:
 `llm_tokenizer_bpe` and `llama_vocab::impl::load` in llama.cpp's src/llama-vocab.cpp.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sq_stream.errors import UnsupportedModelError, UsageError
+from sq_stream.text.tokenizer_json import BpeTokenizer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,9 +23,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
-_TEKKEN = (
-    f"{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
-)
+_TEKKEN = f"{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
 _GPT4O = (
     f"{_PREFIX}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_PREFIX}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
@@ -53,13 +52,11 @@ _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
 RECOGNIZED = tuple(sorted(name for names in _NAMES.values() for name in names.values()))
 """Names that `recognize` can find."""
 
-ADDS_BOS = frozenset(
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken chameleon".split()
-)
+_ADDS_BOS = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken chameleon"
+ADDS_BOS = frozenset(_ADDS_BOS.split())
 """Names for which llama.cpp puts a BOS token before a text unless the file says otherwise."""
 
-ACCEPTED = frozenset(
-    """
+_ACCEPTED = """
     a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx deepseek-coder
     deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3
     gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-97m grok-2 hunyuan hunyuan-dense
@@ -68,13 +65,13 @@ ACCEPTED = frozenset(
     minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe seed-coder
     smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken tiny_aya trillion ufakzeka viking
     youtu
-    """.split()
-)
+"""
+ACCEPTED = frozenset(_ACCEPTED.split())
 """Names of byte-level pre-tokenizers that llama.cpp loads, so what `--pre` may say."""
 
 
-def recognize(tokenizer: Mapping[str, Any], *, override: str | None = None) -> str:
-    """llama.cpp's name for the pre-tokenizer of a byte-level BPE `tokenizer` (the object in tokenizer.json).
+def recognize(tokenizer: BpeTokenizer, *, override: str | None = None) -> str:
+    """llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.
 
     Raises:
         UnsupportedModelError: llama.cpp has no such pre-tokenizer, as far as is known here.
@@ -86,26 +83,38 @@ def recognize(tokenizer: Mapping[str, Any], *, override: str | None = None) -> s
                 f"--pre {override}: llama.cpp knows no such pre-tokenizer; it knows: {', '.join(sorted(ACCEPTED))}"
             )
         return override
-    names = _NAMES.get(_splits(tokenizer.get("pre_tokenizer")) or ())
-    if names is None or not _keeps_text(tokenizer.get("normalizer")):
+    names = _NAMES.get(_splits(tokenizer.pre_tokenizers) or ())
+    if names is None or not _keeps_text(tokenizer.normalizers):
         raise _unknown(tokenizer, "llama.cpp is not known to split text that way")
-    ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
-    if ignore_merges in names:
-        return names[ignore_merges]
-    name = names[not ignore_merges]
+    if tokenizer.ignore_merges in names:
+        return names[tokenizer.ignore_merges]
+    name = names[not tokenizer.ignore_merges]
     if not _merges_reach_all(tokenizer):
         raise _unknown(
             tokenizer,
-            f"llama.cpp's {name} splits alike, but has ignore_merges={not ignore_merges}, and this vocabulary has "
-            "tokens that merges do not reach",
+            f"llama.cpp's {name} splits alike, but with ignore_merges={not tokenizer.ignore_merges}, which makes a "
+            "difference for this vocabulary: it has tokens that no merges make",
         )
     return name
 
 
-def _splits(pre_tokenizer: Any) -> tuple[str, ...] | None:
-    """The expressions by which text is split, one after the other, before bytes are mapped; None if not of that form."""
-    *steps, last = _flatten(pre_tokenizer, "pretokenizers") or [None]
-    if not isinstance(last, Mapping) or last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
+def differences(tokenizer: BpeTokenizer) -> list[str]:
+    """In what llama.cpp is known to split text differently from this tokenizer."""
+    found = []
+    if tokenizer.normalizers:
+        found.append("llama.cpp does not compose characters (NFC): decomposed text gets other ids than in training")
+    if _splits(tokenizer.pre_tokenizers) in ((_TEKKEN,), (_GPT4O,)):
+        found.append(
+            "llama.cpp splits words at changes of case in ASCII letters only, and before combining marks: "
+            "text in other scripts may get other ids than in training"
+        )
+    return found
+
+
+def _splits(pre_tokenizers: list[Mapping[str, Any]] | None) -> tuple[str, ...] | None:
+    """The expressions by which text is split, one after the other, before bytes are mapped; None if it has others."""
+    *steps, last = pre_tokenizers or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
         return None
     splits = [_split(step) for step in steps]
     if last.get("use_regex", True):
@@ -126,38 +135,22 @@ def _split(step: Mapping[str, Any]) -> str | None:
     return pattern["Regex"] if step.get("behavior") == "Isolated" or covers else None
 
 
-def _keeps_text(normalizer: Any) -> bool:
+def _keeps_text(normalizers: list[Mapping[str, Any]] | None) -> bool:
     """Whether text reaches the pre-tokenizer unchanged, but for composition (NFC), which llama.cpp leaves out."""
-    steps = _flatten(normalizer, "normalizers")
-    return steps is not None and all(step.get("type") == "NFC" for step in steps)
+    return normalizers is not None and all(step.get("type") == "NFC" for step in normalizers)
 
 
-def _flatten(component: Any, children: str) -> list[Mapping[str, Any]] | None:
-    """The steps of a normalizer or pre-tokenizer, sequences unrolled; None if it is malformed."""
-    if component is None:
-        return []
-    if not isinstance(component, Mapping):
-        return None
-    if component.get("type") != "Sequence":
-        return [component]
-    parts = component.get(children)
-    nested = [_flatten(part, children) for part in parts] if isinstance(parts, list) else [None]
-    return None if None in nested else [step for steps in nested for step in steps or ()]
-
-
-def _merges_reach_all(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether merging the bytes of any token gives that token, so that `ignore_merges` makes no difference."""
+def _merges_reach_all(tokenizer: BpeTokenizer) -> bool:
+    """Whether merging the characters of any token gives that token, so that `ignore_merges` makes no difference."""
     from tokenizers.models import BPE
 
-    model = tokenizer["model"]
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    bpe = BPE(vocab=model["vocab"], merges=merges)
-    added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
-    return all(len(bpe.tokenize(token)) == 1 for token in model["vocab"] if token not in added)
+    bpe = BPE(vocab=dict(tokenizer.vocab), merges=tokenizer.merges)
+    added = {token.content for token in tokenizer.added}
+    return all(len(bpe.tokenize(token)) == 1 for token in tokenizer.vocab if token not in added)
 
 
-def _unknown(tokenizer: Mapping[str, Any], why: str) -> UnsupportedModelError:
-    parts = {key: tokenizer.get(key) for key in ("normalizer", "pre_tokenizer")}
+def _unknown(tokenizer: BpeTokenizer, why: str) -> UnsupportedModelError:
+    parts = {key: tokenizer.definition.get(key) for key in ("normalizer", "pre_tokenizer")}
     definition = json.dumps(parts, ensure_ascii=False)
     shown = definition if len(definition) <= 1500 else definition[:1500] + " …"
     return UnsupportedModelError(

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sq_stream.errors import BadInputError
 from sq_stream.formats.metadata import Entry, ValueType, array, boolean, string, u32
 from sq_stream.text.files import read_json_object, read_text
 
@@ -74,9 +73,7 @@ def _text(entry: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _ids(
-    roles: _Roles, tokenizer: Mapping[str, Any], config: Mapping[str, Any], n_vocab: int
-) -> dict[str, int]:
+def _ids(roles: _Roles, tokenizer: Mapping[str, Any], config: Mapping[str, Any], n_vocab: int) -> dict[str, int]:
     """Token id per role: first from the names in tokenizer_config.json, then from the ids in config.json."""
     added = tokenizer.get("added_tokens")
     known = {

@@ -70,3 +70,8 @@ def looks_special(text: str) -> bool:
 def added_token_type(text: str, *, special: bool) -> TokenType:
     """Type of an added token: control when it is special or looks so, else user-defined."""
     return TokenType.CONTROL if special or looks_special(text) else TokenType.USER_DEFINED
+
+
+def written(text: str, token_type: TokenType) -> str:
+    """The text that llama.cpp shall look for: a user-defined token is sought in text where spaces are spaces still."""
+    return text.replace("▁", " ") if token_type is TokenType.USER_DEFINED else text

@@ -9,9 +9,13 @@ from typing import Any, Literal
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.metadata import Entry, ValueType, array, boolean, string, u32
-from sq_stream.text import bpe, pretokenizer
+from sq_stream.text import bpe, pretokenizer, spm
 from sq_stream.text.files import read_json_object
 from sq_stream.text.special import special_entries
+from sq_stream.text.tokenizer_json import BpeTokenizer, parse_bpe
+
+_MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+_ADD_BOS, _ADD_SPACE = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,13 @@ def read_vocabulary(
 ) -> Vocabulary:
     """The vocabulary of the checkpoint in `folder` for a model with `n_vocab` embeddings.
 
+    As llama.cpp's converter does, tokenizer.model is taken where there is one, else tokenizer.json.
+
     Args:
         folder: holds tokenizer.json or tokenizer.model, and tokenizer_config.json.
         arch: the GGUF architecture, as "llama" or "gemma3".
         n_vocab: token ids; those that the tokenizer leaves free become unused tokens.
-        pre: llama.cpp's name of the pre-tokenizer, instead of the recognised one.
+        pre: llama.cpp's name of the pre-tokenizer, instead of the recognized one.
         config: what config.json holds; read from the folder by default.
 
     Raises:
@@ -46,37 +52,53 @@ def read_vocabulary(
     if config is None:
         config = read_json_object(folder / "config.json") or {}
     tokenizer_config = read_json_object(folder / "tokenizer_config.json") or {}
-    tokenizer = read_json_object(folder / "tokenizer.json")
-    if tokenizer is None:
-        raise BadInputError(f"{folder}: no tokenizer.json and no tokenizer.model: the folder must hold one of them")
-    kind, name, entries, notes = _read_bpe(tokenizer, tokenizer_config, n_vocab, pre)
-    entries += special_entries(folder, tokenizer, tokenizer_config, config, n_vocab)
+    definition = read_json_object(folder / "tokenizer.json")
+    notes: list[str] = []
+    has_model = spm.is_model_file(folder / "tokenizer.model")
+    if has_model:
+        pieces = spm.read_model(folder, tokenizer_config, n_vocab)
+        entries = _sentencepiece(pieces)
+        notes += pieces.notes
+    elif definition is None:
+        raise BadInputError(f"{folder}: no tokenizer.json and no SentencePiece tokenizer.model: one of them is needed")
+    else:
+        tokenizer = parse_bpe(definition, tokenizer_config)
+        if tokenizer.byte_fallback:
+            entries = _sentencepiece(spm.read_tokenizer_json(tokenizer, n_vocab))
+        else:
+            entries = _byte_level(tokenizer, pretokenizer.recognize(tokenizer, override=pre), n_vocab)
+            notes += pretokenizer.differences(tokenizer)
+    entries += special_entries(folder, definition or {}, tokenizer_config, config, n_vocab)
     entries += _arch_entries(arch, n_vocab, tokenizer_config)
     metadata = {entry.key: entry for entry in entries}
-    if name in pretokenizer.ADDS_BOS:
+    kind, name = metadata[_MODEL].value, metadata[_PRE].value
+    if not has_model and (kind == "llama" or name in pretokenizer.ADDS_BOS):  # else llama.cpp adds one
         metadata.setdefault(_ADD_BOS, boolean(_ADD_BOS, False))
-    return Vocabulary(kind, name, n_vocab, tuple(metadata.values()), notes)
+    return Vocabulary(kind, name, n_vocab, tuple(metadata.values()), tuple(notes))
 
 
-_ADD_BOS = "tokenizer.ggml.add_bos_token"
-
-
-def _read_bpe(
-    tokenizer: Mapping[str, Any], tokenizer_config: Mapping[str, Any], n_vocab: int, pre: str | None
-) -> tuple[Literal["gpt2"], str, list[Entry], tuple[str, ...]]:
-    """Kind, pre-tokenizer, tokens with types and merges, and notes of a byte-level BPE tokenizer."""
-    model = bpe.check_model(tokenizer)
-    merges = bpe.read_merges(model)
-    name = pretokenizer.recognize(tokenizer, override=pre)
-    table = bpe.token_table(tokenizer, tokenizer_config, n_vocab)
+def _sentencepiece(pieces: spm.SentencePieceTokens) -> list[Entry]:
+    """Kind, tokens, scores and types of a SentencePiece vocabulary."""
     entries = [
-        string("tokenizer.ggml.model", "gpt2"),
-        string("tokenizer.ggml.pre", name),
+        string(_MODEL, "llama"),
+        string(_PRE, "default"),
+        array("tokenizer.ggml.tokens", ValueType.STRING, pieces.table.texts),
+        array("tokenizer.ggml.scores", ValueType.FLOAT32, pieces.table.scores),
+        array("tokenizer.ggml.token_type", ValueType.INT32, pieces.table.types),
+    ]
+    return entries if pieces.add_space_prefix else [*entries, boolean(_ADD_SPACE, False)]
+
+
+def _byte_level(tokenizer: BpeTokenizer, pre: str, n_vocab: int) -> list[Entry]:
+    """Kind, pre-tokenizer, tokens, types and merges of a byte-level BPE vocabulary."""
+    table = bpe.read_tokens(tokenizer, n_vocab)
+    return [
+        string(_MODEL, "gpt2"),
+        string(_PRE, pre),
         array("tokenizer.ggml.tokens", ValueType.STRING, table.texts),
         array("tokenizer.ggml.token_type", ValueType.INT32, table.types),
-        array("tokenizer.ggml.merges", ValueType.STRING, bpe.merge_strings(merges)),
+        array("tokenizer.ggml.merges", ValueType.STRING, bpe.merge_texts(tokenizer.merges)),
     ]
-    return "gpt2", name, entries, ()
 
 
 def _arch_entries(arch: str, n_vocab: int, tokenizer_config: Mapping[str, Any]) -> list[Entry]:
@@ -85,12 +107,12 @@ def _arch_entries(arch: str, n_vocab: int, tokenizer_config: Mapping[str, Any]) 
     if arch in ("llama", "mistral3"):
         prefix = tokenizer_config.get("add_prefix_space")
         if isinstance(prefix, bool):
-            entries.append(boolean("tokenizer.ggml.add_space_prefix", prefix))
-        if n_vocab == 49152:  # Granite small models, SmolLM
+            entries.append(boolean(_ADD_SPACE, prefix))
+        if n_vocab == 49152:  # Granite's and SmolLM's tokenizer
             entries.append(boolean(_ADD_BOS, False))
         if n_vocab == 32016:  # CodeLlama
             ids = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
             entries += [u32(f"tokenizer.ggml.{role}_token_id", token_id) for role, token_id in ids.items()]
     if arch == "gemma3":
-        entries.append(boolean("tokenizer.ggml.add_space_prefix", False))
+        entries.append(boolean(_ADD_SPACE, False))
     return entries
