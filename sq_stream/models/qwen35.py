@@ -41,7 +41,7 @@ _DEFAULTS = {  # of transformers' Qwen3_5TextConfig
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
-_INTERVAL = 4  # full_attention_interval where the config has none
+DEFAULT_INTERVAL = 4  # full_attention_interval where the config has none
 _SECTIONS = [11, 11, 10]  # of the rotary pairs: time, height, width
 _ROTARY_SHARE = 0.25
 _MTP = r"(model\.)?mtp\..*"
@@ -143,7 +143,7 @@ def _read_delta_dims(c: Config) -> DeltaDims:
 def _read_layer_kinds(c: Config, dims: Dims) -> list[bool]:
     """For each layer, whether it is a gated delta net."""
     if "layer_types" not in c:
-        interval = c.integer("full_attention_interval", _INTERVAL)
+        interval = c.integer("full_attention_interval", DEFAULT_INTERVAL)
         return [i % interval != 0 for i in range(1, dims.n_layer + 1)]
     kinds = c.texts("layer_types")
     if len(kinds) != dims.n_layer or not set(kinds) <= {"linear_attention", "full_attention"}:
@@ -240,5 +240,5 @@ def _delta_keys(c: Config, delta: DeltaDims, is_delta: list[bool]) -> list[Entry
         u32(f"{ARCH}.ssm.time_step_rank", delta.n_value_head),
         u32(f"{ARCH}.ssm.inner_size", delta.n_value),
         array(f"{ARCH}.attention.recurrent_layers", ValueType.BOOL, is_delta),
-        u32(f"{ARCH}.full_attention_interval", c.integer("full_attention_interval", _INTERVAL)),
+        u32(f"{ARCH}.full_attention_interval", c.integer("full_attention_interval", DEFAULT_INTERVAL)),
     ]
