@@ -64,6 +64,8 @@ def read_model(folder: Path, tokenizer_config: Mapping[str, Any], n_vocab: int) 
             ignored.append(f"{text} ({token_id})")
     if ignored:
         notes.append(f"added tokens without an embedding are left out: {', '.join(ignored)}")
+    if TokenType.BYTE not in model.types:
+        notes.append("no byte tokens: llama.cpp stops at characters that are not in the vocabulary")
     if model.normalizes:
         notes.append(
             "tokenizer.model rewrites text (characters or runs of spaces) before splitting it; llama.cpp does not"
@@ -140,8 +142,6 @@ def read_tokenizer_json(tokenizer: BpeTokenizer, n_vocab: int) -> SentencePieceT
             table.types[i] = int(TokenType.BYTE)
     for i in added:
         table.scores[i] = _ADDED_SCORE
-    if tokenizer.unknown is not None and tokenizer.unknown in tokenizer.vocab:
-        table.types[tokenizer.vocab[tokenizer.unknown]] = int(TokenType.UNKNOWN)
     return SentencePieceTokens(table, _adds_space(tokenizer))
 
 

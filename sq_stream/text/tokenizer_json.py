@@ -31,7 +31,6 @@ class BpeTokenizer:
     added: list[AddedToken]  # some of them in `vocab` too
     ignore_merges: bool  # a word that is a token is not merged
     byte_fallback: bool  # merges are of characters, and bytes are for unknown ones: a converted SentencePiece model
-    unknown: str | None
     normalizers: list[Mapping[str, Any]] | None  # sequences unrolled; None: not understood
     pre_tokenizers: list[Mapping[str, Any]] | None
     definition: Mapping[str, Any]  # the whole file
@@ -53,7 +52,7 @@ def parse_bpe(definition: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UnsupportedModelError(f"{_WHERE}: {key} {model[key]!r}: llama.cpp's BPE has none")
-    vocab, unknown = model.get("vocab"), model.get("unk_token")
+    vocab = model.get("vocab")
     if not isinstance(vocab, Mapping) or not vocab:
         raise BadInputError(f"{_WHERE}: its vocabulary is no map from token to id")
     check_ids(vocab, _WHERE)
@@ -63,7 +62,6 @@ def parse_bpe(definition: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
         added=_all_added_tokens(vocab, definition.get("added_tokens") or [], tokenizer_config),
         ignore_merges=bool(model.get("ignore_merges")),
         byte_fallback=bool(model.get("byte_fallback")),
-        unknown=unknown if isinstance(unknown, str) else None,
         normalizers=_flatten(definition.get("normalizer"), "normalizers"),
         pre_tokenizers=_flatten(definition.get("pre_tokenizer"), "pretokenizers"),
         definition=definition,

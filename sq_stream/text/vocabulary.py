@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sq_stream.errors import BadInputError
+from sq_stream.errors import BadInputError, UnsupportedModelError
 from sq_stream.formats.metadata import Entry, ValueType, array, boolean, string, u32
 from sq_stream.text import bpe, pretokenizer, spm
 from sq_stream.text.files import read_json_object
@@ -61,6 +61,10 @@ def read_vocabulary(
         notes += pieces.notes
     elif definition is None:
         raise BadInputError(f"{folder}: no tokenizer.json and no SentencePiece tokenizer.model: one of them is needed")
+    elif arch == "gemma3":
+        raise UnsupportedModelError(
+            f"{folder}: Gemma's tokenizer.json alone cannot be converted: add the tokenizer.model published with it"
+        )
     else:
         tokenizer = parse_bpe(definition, tokenizer_config)
         if tokenizer.byte_fallback:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import lzma
 import shutil
@@ -199,6 +200,171 @@ BPE: dict[str, dict[str, Any]] = {
 }
 
 
+# name -> how the tokenizer.model is trained (as Llama 2's and Gemma's were), and the other files of the folder
+SENTENCEPIECE: dict[str, dict[str, Any]] = {
+    "llama-spm": {
+        "trainer": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
+        "config": {**LLAMA_CONFIG, "vocab_size": 620, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 640},
+        "tokenizer_config": {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>", "__type": "AddedToken"},
+            "added_tokens_decoder": {
+                "0": {"content": "<unk>", "normalized": False, "special": True},
+                "1": {"content": "<s>", "normalized": False, "special": True},
+                "2": {"content": "</s>", "normalized": False, "special": True},
+                "601": {"content": "<|im_end|>", "normalized": False, "special": False},
+                "640": {"content": "[TOO FAR]", "normalized": False, "special": True},
+            },
+            "chat_template": "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
+        },
+        "files": {"added_tokens.json": {"<|im_start|>": 600, "<|im_end|>": 601}},
+    },
+    "gemma": {
+        "trainer": {
+            "pad_id": 0,
+            "eos_id": 1,
+            "bos_id": 2,
+            "unk_id": 3,
+            "pad_piece": "<pad>",
+            "eos_piece": "<eos>",
+            "bos_piece": "<bos>",
+            "add_dummy_prefix": False,
+            "user_defined_symbols": ["<unused0>", "<start_of_turn>", "\n\n", "▁▁", "▁▁▁▁", "<table>"],
+        },
+        "special": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"],
+        "tokenizer_json": {
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"String": " "},
+                "behavior": "MergedWithPrevious",
+                "invert": False,
+            },
+            "post_processor": template("<bos>"),
+        },
+        "config": {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "vocab_size": 608,
+            "sliding_window": 64,
+        },
+        "tokenizer_config": {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        },
+    },
+    "llama-json": {
+        "trainer": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
+        "special": ["<unk>", "<s>", "</s>"],
+        "tokenizer_json": {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Prepend", "prepend": "▁"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                ],
+            },
+            "post_processor": template("<s>"),
+        },
+        "without_model": True,
+        "config": {**LLAMA_CONFIG, "vocab_size": 600, "bos_token_id": 1, "eos_token_id": 2},
+        "tokenizer_config": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        },
+    },
+}
+
+
+def train_sentencepiece(options: dict[str, Any], n_tokens: int = 600) -> bytes:
+    """A tokenizer.model of `n_tokens` pieces, trained with the settings of Llama 2's."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": n_tokens,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "character_coverage": 0.99,
+        "minloglevel": 2,
+    }
+    lines = iter(TEXT.split("\n"))
+    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**settings, **options})
+    return model.getvalue()
+
+
+def converted(model: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json of a SentencePiece model, as transformers makes it (`generate_merges`)."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_proto=model)
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    user_defined = recipe["trainer"].get("user_defined_symbols", [])
+    merges = []
+    for text, i in vocab.items():
+        splits = [(text[:k], text[k:]) for k in range(1, len(text))]
+        known = sorted((vocab[a], vocab[b], a, b) for a, b in splits if a in vocab and b in vocab)
+        merges += [(pieces.get_score(i), len(a), len(b), a, b) for _, _, a, b in known]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    added = [
+        {
+            "id": vocab[text],
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": text in recipe["special"],
+        }
+        for text in sorted({*recipe["special"], *user_defined}, key=vocab.__getitem__)
+    ]
+    space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if "without_model" in recipe else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        **resolved(recipe["tokenizer_json"], vocab),
+        "decoder": {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [[a, b] for *_, a, b in merges],
+        },
+    }
+
+
+def resolved(parts: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
+    """`parts` of a tokenizer.json with the ids of the special tokens that its post-processor adds."""
+    for processor in _processors(parts.get("post_processor")):
+        for name, token in processor.get("special_tokens", {}).items():
+            token["ids"] = [ids[name]]
+    return parts
+
+
 def train_bpe(recipe: dict[str, Any], n_tokens: int = 493) -> dict[str, Any]:
     """A tokenizer.json with `n_tokens` trained tokens, then whole words without merges, then added tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -222,10 +388,7 @@ def train_bpe(recipe: dict[str, Any], n_tokens: int = 493) -> dict[str, Any]:
         added.append(
             {**entry, "lstrip": False, "rstrip": False, "normalized": False, "special": not token.startswith("-")}
         )
-    ids = {entry["content"]: entry["id"] for entry in added}
-    for processor in _processors(parts["post_processor"]):
-        for name, token in processor.get("special_tokens", {}).items():
-            token["ids"] = [ids[name]]
+    parts = resolved(parts, {entry["content"]: entry["id"] for entry in added})
     return {**blank, **parts, "added_tokens": added, "decoder": byte_level(True), "model": model}
 
 
@@ -297,7 +460,9 @@ def write_folder(folder: Path, files: dict[str, Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, value in files.items():
-        if isinstance(value, str):
+        if isinstance(value, bytes):
+            (folder / name).write_bytes(value)
+        elif isinstance(value, str):
             (folder / name).write_text(value, "utf-8")
         else:
             write_json(folder / name, value)
@@ -319,6 +484,19 @@ def main() -> None:
             },
         )
         write_json(HERE / name / "expected.json", convert(arguments.llama_cpp, HERE / name, name))
+    for name, recipe in SENTENCEPIECE.items():
+        model = train_sentencepiece(recipe["trainer"])
+        files = {"tokenizer_config.json": recipe["tokenizer_config"], "config.json": recipe["config"]}
+        if "without_model" not in recipe:
+            files["tokenizer.model"] = model
+        if "tokenizer_json" in recipe:
+            definition = files["tokenizer.json"] = converted(model, recipe)
+            if "tokenizer.model" in files:  # as published, both files know the added tokens
+                recipe["tokenizer_config"]["added_tokens_decoder"] = {
+                    str(token.pop("id")): token for token in map(dict, definition["added_tokens"])
+                }
+        write_folder(HERE / name, files | recipe.get("files", {}))
+        write_json(HERE / name / "expected.json", convert(arguments.llama_cpp, HERE / name, "default"))
     if arguments.smollm2:
         small = ("tokenizer_config.json", "config.json", "chat_template.jinja", "generation_config.json")
         folder = HERE / "smollm2"
