@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from sq_stream.demo import model_folder
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.models.forward import Decoder, find_decoder, forward
 from sq_stream.models.layers import Array
-from sq_stream.models.qwen35_forward import Dims, forward
 
 END_OF_TEXT = "<|endoftext|>"
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an unfinished character decode to
@@ -40,12 +40,12 @@ def generate(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
-    dims, weights = read_model(gguf)
+    decoder, weights = read_model(gguf)
     random = np.random.default_rng(seed)
     ids = tokenizer.encode(prompt).ids
     n_prompt, shown = len(ids), ""
     for _ in range(n_tokens):
-        token = _sample(forward(np.array(ids), weights, dims)[-1], temperature, top_k, random)
+        token = _sample(forward(np.array(ids), weights, decoder)[-1], temperature, top_k, random)
         if token == tokenizer.token_to_id(END_OF_TEXT):
             return
         ids.append(token)
@@ -55,23 +55,24 @@ def generate(
             shown = text
 
 
-def read_model(gguf: Path) -> tuple[Dims, dict[str, Array]]:
-    """Sizes and float32 weights of a GGUF file, by GGUF name.
+def read_model(gguf: Path) -> tuple[Decoder, dict[str, Array]]:
+    """The maths and the float32 weights of a GGUF file, by GGUF name.
 
     Raises:
-        UnsupportedModelError: it is not a Qwen3.5 model.
+        UnsupportedModelError: its architecture has no forward pass.
         BadInputError: it is not a sound GGUF file.
         StorageError: reading fails.
     """
     from sq_stream.kernels.codec import decode
 
     with GGUFReader.open(gguf) as reader:
-        dims = Dims.from_metadata(reader.metadata.values())
+        arch = reader.metadata["general.architecture"].value
+        decoder = find_decoder(arch, reader.metadata.values())
         weights = {
             name: decode(reader.read_rows(name, 0, tensor.n_rows), tensor.block_type).reshape(tensor.shape)
             for name, tensor in reader.tensors.items()
         }
-    return dims, weights
+    return decoder, weights
 
 
 def _sample(logits: Array, temperature: float, top_k: int, random: np.random.Generator) -> int:

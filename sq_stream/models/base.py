@@ -57,7 +57,7 @@ class TensorMap:
         rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
         x = checkpoint.read_rows(self.source, rows)
         if self.column_order is not None:
-            x = x[:, self.column_order]
+            x = x.take(self.column_order, axis=1)  # row-major, as plain indexing would not be
         if self.function == "add_one":
             x = x + np.float32(1)
         elif self.function == "neg_exp":

@@ -36,8 +36,8 @@ _DEFAULTS = {  # of transformers' Gemma3TextConfig: published multimodal configs
     "sliding_window": 4096,
     "rms_norm_eps": 1e-6,
 }
-_PATTERN = 6  # every sixth layer attends to everything: llama.cpp's gemma3 knows no other interval
-_N_LAYER_27B = 62  # llama.cpp tells the one model with another attention scale by its number of layers
+PATTERN = 6  # every sixth layer attends to everything: llama.cpp's gemma3 knows no other interval
+N_LAYER_27B = 62  # llama.cpp tells the one model with another attention scale by its number of layers
 _VISION = r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 
 
@@ -83,7 +83,7 @@ def _layer(dims: Dims) -> list[TensorMap]:
 
 def _check_attention_scale(c: Config, dims: Dims) -> None:
     scalar = c.number("query_pre_attn_scalar")
-    assumed = dims.d_model // dims.n_head if dims.n_layer == _N_LAYER_27B else dims.head_dim
+    assumed = dims.d_model // dims.n_head if dims.n_layer == N_LAYER_27B else dims.head_dim
     if scalar != assumed:
         raise UnsupportedModelError(
             f"config.json: query_pre_attn_scalar is {scalar:g}; llama.cpp's {ARCH} scales attention by {assumed} "
@@ -111,14 +111,14 @@ def _has_sliding_layers(c: Config, dims: Dims) -> bool:
         if len(kinds) != dims.n_layer:
             raise BadInputError(f"config.json: layer_types has {len(kinds)} entries for {dims.n_layer} layers")
     else:
-        interval = c.integer("sliding_window_pattern", _PATTERN)
+        interval = c.integer("sliding_window_pattern", PATTERN)
         kinds = ["sliding_attention" if i % interval else "full_attention" for i in range(1, dims.n_layer + 1)]
-    usual = ["sliding_attention" if i % _PATTERN else "full_attention" for i in range(1, dims.n_layer + 1)]
+    usual = ["sliding_attention" if i % PATTERN else "full_attention" for i in range(1, dims.n_layer + 1)]
     if "sliding_attention" not in kinds:
         return False
     if kinds != usual:
         raise UnsupportedModelError(
-            f"config.json: llama.cpp's {ARCH} has full attention in every {_PATTERN}th layer or in all; "
+            f"config.json: llama.cpp's {ARCH} has full attention in every {PATTERN}th layer or in all; "
             "this model's layer_types differ"
         )
     return True

@@ -5,25 +5,52 @@ Activations are float32 [..., n_tok, n]: any number of leading dimensions, one s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-Weights = Mapping[str, Array]
-"""Tensors by GGUF name; within a layer without `blk.N.`, so `attn_q.weight`."""
+Weights = Mapping[str, Any]
+"""Tensors by GGUF name; within a layer without `blk.N.`, so `attn_q.weight`.
+
+A matrix may be anything with a shape whose row slices are arrays: an array, or a tensor read from its file.
+"""
 Site = tuple[str, ...]
 """The linears that one activation vector enters, as ("attn_q", "attn_k", "attn_v")."""
 Observe = Callable[[Site, Array], None]
 """Called with the activations [..., n_tok, n_in] that enter a site; must not change them."""
 
+TILE_WEIGHTS = 2**22
+"""Weights of a matrix that are multiplied at a time. Fixed, so that results do not depend on what is in memory."""
+_BLOCK_VALUES = 2**16  # worked on at a time by elementwise functions: stays in the cache
+_QUERY_TILE = 128  # tokens
+
 
 def apply_linears(x: Array, weights: Weights, site: Site, observe: Observe | None) -> list[Array]:
-    """Outputs [..., n_tok, n_out] of every linear of `site` for the activations x [..., n_tok, n_in]."""
+    """Outputs [..., n_tok, n_out] of every linear of `site`, with its bias, for activations x [..., n_tok, n_in]."""
     if observe:
         observe(site, x)
-    return [x @ weights[f"{name}.weight"].T for name in site]
+    return [linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in site]
+
+
+def linear(x: Array, weight: Any, bias: Array | None = None) -> Array:
+    """Product of x [..., n_in] and the transpose of `weight` [n_out, n_in], in tiles of its rows, plus bias [n_out]."""
+    n_out, n_in = weight.shape
+    rows = x.reshape(-1, n_in)
+    out = np.empty((len(rows), n_out), np.float32)
+    for tile in tiles(n_out, n_in):
+        np.matmul(rows, weight[tile].T, out=out[:, tile])
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], n_out)
+
+
+def tiles(n_rows: int, n_in: int, n_values: int = TILE_WEIGHTS) -> Iterator[slice]:
+    """Slices that cover `n_rows` rows of `n_in` values, of about `n_values` values each."""
+    step = max(1, n_values // n_in)
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
 def with_prefix(observe: Observe | None, prefix: str) -> Observe | None:
@@ -33,28 +60,55 @@ def with_prefix(observe: Observe | None, prefix: str) -> Observe | None:
     return lambda site, x: observe(tuple(prefix + name for name in site), x)
 
 
-def feed_forward(x: Array, weights: Weights, observe: Observe | None) -> Array:
-    """SwiGLU: [..., n_tok, d_model] to the same shape."""
+def feed_forward(
+    x: Array, weights: Weights, observe: Observe | None, activation: Callable[[Array], Array] | None = None
+) -> Array:
+    """A gated feed-forward layer, SwiGLU unless another `activation` is given: [..., n_tok, d_model] to the same."""
     gate, up = apply_linears(x, weights, ("ffn_gate", "ffn_up"), observe)  # [..., n_tok, n_ff]
-    (down,) = apply_linears(silu(gate) * up, weights, ("ffn_down",), observe)
+    gate = elementwise(activation or silu, gate)
+    gate *= up
+    del up
+    (down,) = apply_linears(gate, weights, ("ffn_down",), observe)
     return down
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Every vector of x [..., n] divided by its root mean square, times weight [n]."""
-    rms: Array = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
-    return x / rms * weight
+    mean_square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
+    y: Array = x / np.sqrt(mean_square + np.float32(eps))
+    y *= weight
+    return y
+
+
+def elementwise(function: Callable[[Array], Array], x: Array) -> Array:
+    """`function` of every value of the contiguous array x, in its place and block by block."""
+    flat = x.reshape(-1)
+    for block in tiles(flat.size, 1, _BLOCK_VALUES):
+        flat[block] = function(flat[block])
+    return x
 
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow."""
-    y: Array = np.tanh(x / 2)
-    return np.float32(0.5) * (y + 1)
+    y: Array = np.tanh(np.float32(0.5) * x)
+    y += 1
+    y *= np.float32(0.5)
+    return y
 
 
 def silu(x: Array) -> Array:
     """The swish function, x · sigmoid(x)."""
-    y: Array = x * sigmoid(x)
+    y = sigmoid(x)
+    y *= x
+    return y
+
+
+def gelu(x: Array) -> Array:
+    """The Gaussian error linear unit in the tanh form."""
+    y: Array = np.tanh(np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x))
+    y += 1
+    y *= x
+    y *= np.float32(0.5)
     return y
 
 
@@ -64,36 +118,44 @@ def softplus(x: Array) -> Array:
     return y
 
 
-def rotate(x: Array, theta: float, n_rotary: int) -> Array:
-    """Rotary positions for x [..., n_tok, n_head, head_dim]: value i turns with value i + n_rotary / 2.
-
-    The values from `n_rotary` on pass unchanged. Source: RoFormer (arXiv:2104.09864) in GPT-NeoX's pairing.
-    """
-    half = n_rotary // 2
-    frequencies = theta ** (-np.arange(half) / half)
-    angles = np.arange(x.shape[-3])[:, None, None] * frequencies  # [n_tok, 1, half], float64
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    a, b, rest = np.split(x, [half, n_rotary], axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-
-
-def causal_attention(q: Array, k: Array, v: Array) -> Array:
-    """Grouped-query softmax attention, each token looking at itself and those before it.
+def causal_attention(q: Array, k: Array, v: Array, *, scale: float | None = None, window: int | None = None) -> Array:
+    """Grouped-query softmax attention, each token looking at itself and those before it, in tiles of queries.
 
     Args:
         q: [..., n_tok, n_head, head_dim].
         k: [..., n_tok, n_kv_head, head_dim]; n_head / n_kv_head neighboring query heads share one.
         v: [..., n_tok, n_kv_head, head_dim].
+        scale: of the scores; 1 / √head_dim where it is None.
+        window: how many tokens a token sees, itself included; None: all.
 
     Returns:
         [..., n_tok, n_head, head_dim].
     """
-    *batch, n_tok, n_head, head_dim = q.shape
-    grouped = (*batch, n_tok, k.shape[-2], -1, head_dim)  # [..., n_tok, n_kv_head, n_group, head_dim]
-    q = np.moveaxis(q.reshape(grouped), -4, -2)  # [..., n_kv_head, n_group, n_tok, head_dim]
-    k, v = (np.swapaxes(x, -3, -2)[..., None, :, :] for x in (k, v))  # [..., n_kv_head, 1, n_tok, head_dim]
-    scores = q @ np.swapaxes(k, -1, -2) * np.float32(head_dim**-0.5)
-    scores = np.where(np.tri(n_tok, dtype=bool), scores, np.float32(-np.inf))  # [..., n_tok, n_tok]
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out: Array = scores / scores.sum(axis=-1, keepdims=True) @ v
-    return np.moveaxis(out, -2, -4).reshape(*batch, n_tok, n_head, head_dim)
+    (*batch, n_tok, n_head, head_dim), n_kv_head = q.shape, k.shape[-2]
+    q = q * np.float32(head_dim**-0.5 if scale is None else scale)
+    q = q.reshape(-1, n_tok, n_kv_head, n_head // n_kv_head, head_dim)
+    k, v = (x.reshape(-1, n_tok, n_kv_head, head_dim) for x in (k, v))
+    out = np.empty_like(q)
+    for start in range(0, n_tok, _QUERY_TILE):
+        stop = min(start + _QUERY_TILE, n_tok)
+        first = 0 if window is None else max(0, start - window + 1)
+        hidden = _hidden(start, stop, first, window)  # [n_query, 1, n_key]
+        for i, head in np.ndindex(len(q), n_kv_head):
+            queries, keys = q[i, start:stop, head], k[i, first:stop, head]  # [n_query, n_group, head_dim], [n_key, …]
+            scores = queries.reshape(-1, head_dim) @ keys.T
+            by_query = scores.reshape(stop - start, -1, stop - first)
+            by_query += hidden
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            mixed = scores @ v[i, first:stop, head]
+            mixed /= scores.sum(axis=-1, keepdims=True)
+            out[i, start:stop, head] = mixed.reshape(queries.shape)
+    return out.reshape(*batch, n_tok, n_head, head_dim)
+
+
+def _hidden(start: int, stop: int, first: int, window: int | None) -> Array:
+    """What is added to the scores of queries `start` to `stop` and keys `first` to `stop`: -inf where one is unseen."""
+    age = np.arange(start, stop)[:, None, None] - np.arange(first, stop)
+    seen = (age >= 0) if window is None else (age >= 0) & (age < window)
+    hidden: Array = np.where(seen, np.float32(0), np.float32(-np.inf))
+    return hidden
