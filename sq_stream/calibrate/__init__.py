@@ -1,0 +1,1 @@
+"""Calibration: text, streamed forward pass, sketches of the activations."""

@@ -1,0 +1,162 @@
+"""Dialogues, written as a checkpoint's own chat template writes them.
+
+A chat template is a program that comes with the checkpoint, so it is not trusted: it runs in Jinja's immutable sandbox,
+as transformers runs it (utils/chat_template_utils.py), and in a process of its own with limits on time, memory and
+output, because the sandbox alone bounds none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = dict[str, str]
+"""`role` ("system", "user" or "assistant") and `content`."""
+
+CPU_SECONDS = 20
+WALL_SECONDS = 120
+MEMORY = 512 << 20  # bytes of address space
+OUTPUT = 8 << 20  # characters of all dialogues together
+
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from sq_stream.calibrate.chat import serve; serve()"
+
+
+def render(
+    dialogues: Sequence[Sequence[Message]], template: str | None, tokens: Mapping[str, str]
+) -> tuple[list[str], str | None]:
+    """Each dialogue as one text, and a note on those that the template could not write.
+
+    Those are written plainly, as "User: …" and "Assistant: …".
+
+    Args:
+        dialogues: the messages of each.
+        template: Jinja source of the chat template, if the checkpoint has one.
+        tokens: what else the template sees: `bos_token`, `eos_token` and the like.
+    """
+    if not dialogues:
+        return [], None
+    if template is None:
+        note = "the checkpoint has no chat template: calibration dialogues are plain text"
+        return [plain(messages) for messages in dialogues], note
+    texts, reason = _run(dialogues, template, tokens)
+    written = [plain(messages) if text is None else text for text, messages in zip(texts, dialogues, strict=True)]
+    failed = texts.count(None)
+    note = f"the chat template failed on {failed} of {len(texts)} calibration dialogues: they are plain text ({reason})"
+    return written, note if failed else None
+
+
+def plain(messages: Sequence[Message]) -> str:
+    """A dialogue without a template."""
+    return "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in messages)
+
+
+def _run(
+    dialogues: Sequence[Sequence[Message]], template: str, tokens: Mapping[str, str]
+) -> tuple[list[str | None], str]:
+    """The texts from the child process, None where it has none, and why."""
+    request = json.dumps({"dialogues": [list(m) for m in dialogues], "template": template, "tokens": dict(tokens)})
+    nothing: list[str | None] = [None] * len(dialogues)
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-c", _CHILD, *sys.path],
+            input=request.encode("utf-8", errors="replace"),
+            capture_output=True,
+            timeout=WALL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return nothing, f"it took more than {WALL_SECONDS} s"
+    except OSError as error:
+        return nothing, f"no process could be started for it: {error.strerror}"
+    if child.returncode < 0:
+        return nothing, f"it was stopped: at most {CPU_SECONDS} s and {MEMORY >> 20} MiB are allowed"
+    try:
+        reply = json.loads(child.stdout)
+    except ValueError:
+        lines = child.stderr.decode("utf-8", errors="replace").split("\n")
+        return nothing, next((line[:200] for line in reversed(lines) if line.strip()), "no answer")
+    return reply["texts"], reply["error"]
+
+
+def serve() -> None:
+    """The child process: limit itself, read the request from standard input, write the reply to standard output."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    request = json.load(sys.stdin.buffer)
+    texts: list[str | None] = []
+    error = ""
+    room = OUTPUT
+    for messages in request["dialogues"]:
+        try:
+            text = _write(request["template"], messages, request["tokens"], room)
+        except (Exception, RecursionError, MemoryError) as failure:  # whatever a template can raise
+            texts.append(None)
+            error = error or f"{type(failure).__name__}: {failure}"[:200]
+        else:
+            texts.append(text)
+            room -= len(text)
+    sys.stdout.buffer.write(json.dumps({"texts": texts, "error": error}).encode())
+
+
+def _write(template: str, messages: list[Message], tokens: dict[str, str], room: int) -> str:
+    """One dialogue; for templates that refuse a system message, with it in the first user message."""
+    try:
+        return _apply(template, messages, tokens, room)
+    except Exception:
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return _apply(template, [first, *messages[2:]], tokens, room)
+
+
+def _apply(template: str, messages: list[Message], tokens: dict[str, str], room: int) -> str:
+    parts = []
+    for part in _compile(template).generate(messages=messages, add_generation_prompt=False, **tokens):
+        room -= len(part)
+        if room < 0:
+            raise ValueError(f"it writes more than {OUTPUT} characters")
+        parts.append(part)
+    text = "".join(parts)
+    if not text.strip():
+        raise ValueError("it writes nothing")
+    return text
+
+
+def _compile(source: str) -> Any:
+    """The template with what transformers gives to one; the date is a fixed one, so that the text is."""
+    from datetime import datetime
+
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`, which marks what the assistant says for training."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime(2025, 1, 1).strftime
+    return environment.from_string(source)
