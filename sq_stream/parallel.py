@@ -1,0 +1,52 @@
+"""Threads for NumPy work whose result must not depend on their number: fixed pieces, one BLAS thread to a piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SLAB = 128  # rows of a matrix product that one thread computes at a time
+
+
+class Workers:
+    """A pool of threads; while it is open, BLAS itself uses one thread."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._limits = threadpool_limits(1, user_api="blas")
+        self._pool = ThreadPoolExecutor(n_threads)
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Results of `function` for all items, in their order."""
+        return list(self._pool.map(function, items))
+
+    def matmul(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+        """a [n, k] times b [k, m], in slabs of rows: the same bits for any number of threads."""
+        out = np.empty((len(a), b.shape[1]), np.float32)
+
+        def slab(start: int) -> None:
+            np.matmul(a[start : start + SLAB], b, out=out[start : start + SLAB])
+
+        self.map(slab, range(0, len(a), SLAB))
+        return out
+
+    def close(self) -> None:
+        """End the threads and give BLAS its own back."""
+        self._pool.shutdown()
+        self._limits.restore_original_limits()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
