@@ -304,6 +304,19 @@ def test_a_rank_table_called_tokenizer_model_is_passed_over(tmp_path: Path) -> N
     assert read(folder, "llama-bpe").pre == "llama-bpe"
 
 
+def test_pre_tokenizers_are_not_for_sentencepiece() -> None:
+    assert read(GOLDEN / "llama-spm", "llama-spm", pre="default").pre == "default"
+    with pytest.raises(UsageError, match="--pre qwen2: this is a SentencePiece tokenizer"):
+        read(GOLDEN / "llama-spm", "llama-spm", pre="qwen2")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_take_spaces_are_told(tmp_path: Path, flag: str) -> None:
+    assert not any("added tokens" in note for note in read(GOLDEN / "smollm", "smollm").notes)
+    folder = changed_copy(tmp_path, "smollm", "tokenizer.json", lambda t: t["added_tokens"][1].update({flag: True}))
+    assert any("within words; not so here: <|im_start|>" in note for note in read(folder, "smollm").notes)
+
+
 def test_gemma_needs_its_sentencepiece_model(tmp_path: Path) -> None:
     folder = spm_copy(tmp_path, "gemma")
     (folder / "tokenizer.model").unlink()
