@@ -215,7 +215,18 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_side_files_with_values_of_other_types_never_crash(tmp_path: Path, name: str, file: str) -> None:
     """Every value replaced by one of another type: read as absent, or refused, never an exception of Python's own."""
-    for hostile in (None, 3, -1, "x", [], {}, [[]], {"content": []}, 1e300, [{"name": 1, "template": []}]):
+    for hostile in (
+        None,
+        3,
+        -1,
+        "x",
+        [],
+        {},
+        [[]],
+        {"content": []},
+        1e300,
+        [{"name": 1, "template": []}, {"name": {"content": "x"}}],
+    ):
         folder = changed_copy(
             tmp_path, name, file, lambda value, hostile=hostile: value.update(dict.fromkeys(value, hostile))
         )
