@@ -49,7 +49,8 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow."""
     y: Array = np.tanh(x / 2)
-    return np.float32(0.5) * (y + 1)
+    y = (y + 1) / np.float32(2)
+    return y
 
 
 def silu(x: Array) -> Array:
