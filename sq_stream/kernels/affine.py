@@ -45,6 +45,7 @@ def _encode(
     n_rows, n_in = x.shape
     blocks = np.empty((n_rows, block_type.row_bytes(n_in)), np.uint8)
     super_blocks = np.ascontiguousarray(x, np.float32).reshape(-1, block_type.block_size)
+    super_blocks.flags.writeable = False  # one Numba type, and so one compilation, whatever the caller's array is
     weights = column_weights(importance, n_in).reshape(-1, block_type.block_size)
     _encode_tiles(super_blocks, weights, np.float32(q_max), blocks.reshape(-1, block_type.block_bytes))
     return blocks
