@@ -4,9 +4,9 @@
 
 Errors are ours divided by ggml's on the same rows, Σ over a group of tensors, and that of the group's worst tensor:
 `plain` without importance, `weighted` with a random log-normal importance per column, the same for both, for K-quants.
-Speeds are ratios too, medians of rounds in which the candidates take turns, since machines are noisy. Scaling is the
-ratio of wall-clock times and, on Linux, of the CPU times of the busiest thread: what it would be were the cores free.
-The exit status is 1 when any tensor's error is above ggml's.
+Speeds are ratios too, medians of rounds in which the candidates take turns, since machines are noisy: of wall-clock
+times and, on Linux, of the CPU times of the busiest thread, which is what they would be were the cores free. The exit
+status is 1 when any tensor's error is above ggml's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -37,7 +38,7 @@ Array = NDArray[np.float32]
 
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
 WEIGHTED = ("Q4_K", "Q5_K", "Q6_K")
-TIMED_WEIGHTS = 2**19  # a multiple of every tile, a few milliseconds for a fast encoder
+TIMED_WEIGHTS = 2**20
 
 
 def tensors(folder: Path, max_rows: int) -> Iterator[tuple[str, Array]]:
@@ -89,20 +90,28 @@ def compare_speed(folder: Path, block_type: BlockType, threads: int, rounds: int
     n_in = x.shape[1] // block_type.block_size * block_type.block_size
     x = np.ascontiguousarray(x[: TIMED_WEIGHTS // n_in, :n_in])
     for importance in (None, column_importance(name, n_in, sigma))[: 1 + (block_type.name in WEIGHTED)]:
-        wall = np.empty((rounds, 3))  # ggml, ours on one thread, ours on all
-        cpu = np.empty((rounds, 3))
-        for turn in range(-1, rounds):  # the first warms up, and is overwritten
-            for k, n_threads in enumerate((0, 1, threads)):
-                numba.set_num_threads(n_threads or 1)
-                used, start = thread_seconds(), time.perf_counter()
-                (encode if n_threads else ggml_encode)(x, block_type, importance)
-                wall[turn, k] = time.perf_counter() - start
-                cpu[turn, k] = max((s - used.get(t, 0.0) for t, s in thread_seconds().items()), default=np.nan)
-        million_per_second = x.size / np.median(wall[:, 1]) / 1e6
-        over_ggml, scaling = np.median(wall[:, 0] / wall[:, 1]), np.median(wall[:, 1] / wall[:, 2])
+        ours, theirs = partial(encode, x, block_type, importance), partial(ggml_encode, x, block_type, importance)
+        ours()  # compiled or loaded now
+        rows = [(seconds(theirs, 1), seconds(ours, 1), seconds(ours, threads)) for _ in range(rounds)]
+        ggml, one, many = np.array(rows).transpose(1, 0, 2)  # each [rounds, wall and CPU]
+        columns = (*np.median(ggml / one, axis=0), *np.median(one / many, axis=0))
         kind = "plain" if importance is None else "weighted"
-        columns = f"{million_per_second:8.1f}{over_ggml:10.2f}{scaling:10.2f}{np.median(cpu[:, 1] / cpu[:, 2]):10.2f}"
-        print(f"{block_type.name:6}{kind:18}{columns}", flush=True)
+        million_per_second = x.size / np.median(one[:, 0]) / 1e6
+        print(
+            f"{block_type.name:6}{kind:10}{million_per_second:8.1f}" + "".join(f"{c:10.2f}" for c in columns),
+            flush=True,
+        )
+
+
+def seconds(work: Callable[[], object], threads: int) -> tuple[float, float]:
+    """Wall-clock time of `work` and CPU time of its busiest thread, from about 0.1 s of it."""
+    numba.set_num_threads(threads)
+    n, before, start = 0, thread_seconds(), time.perf_counter()
+    while (wall := time.perf_counter() - start) < 0.1:
+        work()
+        n += 1
+    busiest = max((t - before.get(thread, 0.0) for thread, t in thread_seconds().items()), default=np.nan)
+    return wall / n, busiest / n
 
 
 def thread_seconds() -> dict[str, float]:
@@ -126,9 +135,10 @@ def main() -> None:
     print(f"{'type':6}{'group':18}{'n':>4}{'plain':>10}{'worst':>9}{'weighted':>10}{'worst':>9}")
     worse = [line for t in types for line in compare_errors(options.model_dir, t, options.rows, options.sigma)]
     print(
-        "\nspeed of one thread in million weights/s and over ggml's; of all threads over one, in wall and in CPU time"
+        "\nspeed: million weights/s of one thread, over ggml's, and all threads over one; by wall clock and by CPU time"
     )
-    print(f"{'type':6}{'':18}{'Mw/s':>8}{'/ ggml':>10}{f'x{options.threads} wall':>10}{f'x{options.threads} CPU':>10}")
+    many = f"x{options.threads}"
+    print(f"{'type':6}{'':10}{'Mw/s':>8}{'/ ggml':>10}{'CPU':>10}{many + ' wall':>10}{many + ' CPU':>10}")
     for block_type in types:
         compare_speed(options.model_dir, block_type, options.threads, options.rounds, options.sigma)
     if worse:
