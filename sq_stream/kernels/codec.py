@@ -14,9 +14,9 @@ from sq_stream.formats.blocks import BF16, F16, F32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_
 from sq_stream.kernels import decode as decoders
 from sq_stream.kernels import floats
 from sq_stream.kernels.affine import encode_q4_k, encode_q5_k
-from sq_stream.kernels.q5_1 import encode_q5_1
+from sq_stream.kernels.q5 import encode_q5_0, encode_q5_1
 from sq_stream.kernels.q6_k import encode_q6_k
-from sq_stream.kernels.symmetric import encode_q5_0, encode_q8_0
+from sq_stream.kernels.q8_0 import encode_q8_0
 
 _ENCODERS = {
     Q4_K: encode_q4_k,
@@ -45,7 +45,7 @@ def encode(
         x: float32 [n_rows, n_in], all finite, n_in a multiple of the block size.
         block_type: the type to store.
         importance: float32 [n_in], not negative: the weight of each column's squared error, in the types whose encoder
-            takes it (Q4_K, Q5_K, Q6_K). None weighs all columns alike.
+            takes it (all but Q8_0). None weighs all columns alike.
 
     Returns:
         uint8 [n_rows, row_bytes]; for F32 a view of `x`.
