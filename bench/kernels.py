@@ -4,8 +4,9 @@
 
 Errors are ours divided by ggml's on the same rows, Σ over a group of tensors, and that of the group's worst tensor:
 `plain` without importance, `weighted` with a random log-normal importance per column, the same for both, for K-quants.
-Speeds are ratios too, medians of rounds in which the candidates take turns, since machines are noisy. The exit status
-is 1 when any tensor's error is above ggml's.
+Speeds are ratios too, medians of rounds in which the candidates take turns, since machines are noisy: of wall-clock
+times and, on Linux, of the CPU times of the busiest thread, which is what they would be were the cores free. The exit
+status is 1 when any tensor's error is above ggml's.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numba
 import numpy as np
@@ -28,16 +29,16 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from oracles.ggml import ggml_encode
-from sq_stream.kernels.codec import encode
 
 from sq_stream.formats.blocks import BLOCK_TYPES, BlockType
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.kernels.codec import encode
 
 Array = NDArray[np.float32]
 
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
 WEIGHTED = ("Q4_K", "Q5_K", "Q6_K")
-TIMED_WEIGHTS = 2**19  # a multiple of every tile, a few milliseconds for a fast encoder
+TIMED_WEIGHTS = 2**20
 
 
 def tensors(folder: Path, max_rows: int) -> Iterator[tuple[str, Array]]:
@@ -86,32 +87,37 @@ def compare_errors(folder: Path, block_type: BlockType, max_rows: int, sigma: fl
 def compare_speed(folder: Path, block_type: BlockType, threads: int, rounds: int, sigma: float) -> None:
     """Print weights/s of one thread over ggml's, and of `threads` threads over one."""
     name, x = next((n, x) for n, x in tensors(folder, 1024) if x.size >= TIMED_WEIGHTS // 2)
-    x = x[: max(1, TIMED_WEIGHTS // x.shape[1])]
-    if x.shape[1] % block_type.block_size:
-        x = np.ascontiguousarray(x[:, : x.shape[1] // block_type.block_size * block_type.block_size])
-    for importance in (None, column_importance(name, x.shape[1], sigma))[: 1 + (block_type.name in WEIGHTED)]:
-        candidates: dict[str, Callable[[], object]] = {
-            "ggml": lambda importance=importance: ggml_encode(x, block_type, importance),
-            "one": lambda importance=importance: timed_encode(1, x, block_type, importance),
-            "many": lambda importance=importance: timed_encode(threads, x, block_type, importance),
-        }
-        seconds: dict[str, list[float]] = {key: [] for key in candidates}
-        for run in range(rounds + 1):
-            for key, candidate in candidates.items():
-                start = time.perf_counter()
-                candidate()
-                if run:
-                    seconds[key].append(time.perf_counter() - start)
-        over_ggml = median(g / o for g, o in zip(seconds["ggml"], seconds["one"], strict=True))
-        scaling = median(o / m for o, m in zip(seconds["one"], seconds["many"], strict=True))
-        weights_per_second = x.size / median(seconds["one"]) / 1e6
+    n_in = x.shape[1] // block_type.block_size * block_type.block_size
+    x = np.ascontiguousarray(x[: TIMED_WEIGHTS // n_in, :n_in])
+    for importance in (None, column_importance(name, n_in, sigma))[: 1 + (block_type.name in WEIGHTED)]:
+        ours, theirs = partial(encode, x, block_type, importance), partial(ggml_encode, x, block_type, importance)
+        ours()  # compiled or loaded now
+        rows = [(seconds(theirs, 1), seconds(ours, 1), seconds(ours, threads)) for _ in range(rounds)]
+        ggml, one, many = np.array(rows).transpose(1, 0, 2)  # each [rounds, wall and CPU]
+        columns = (*np.median(ggml / one, axis=0), *np.median(one / many, axis=0))
         kind = "plain" if importance is None else "weighted"
-        print(f"{block_type.name:6}{kind:18}{weights_per_second:8.1f}{over_ggml:10.2f}{scaling:10.2f}", flush=True)
+        million_per_second = x.size / np.median(one[:, 0]) / 1e6
+        print(
+            f"{block_type.name:6}{kind:10}{million_per_second:8.1f}" + "".join(f"{c:10.2f}" for c in columns),
+            flush=True,
+        )
 
 
-def timed_encode(threads: int, x: Array, block_type: BlockType, importance: Array | None) -> object:
+def seconds(work: Callable[[], object], threads: int) -> tuple[float, float]:
+    """Wall-clock time of `work` and CPU time of its busiest thread, from about 0.1 s of it."""
     numba.set_num_threads(threads)
-    return encode(x, block_type, importance)
+    n, before, start = 0, thread_seconds(), time.perf_counter()
+    while (wall := time.perf_counter() - start) < 0.1:
+        work()
+        n += 1
+    busiest = max((t - before.get(thread, 0.0) for thread, t in thread_seconds().items()), default=np.nan)
+    return wall / n, busiest / n
+
+
+def thread_seconds() -> dict[str, float]:
+    """CPU time that each thread of this process has had, by thread id; empty where the system does not tell."""
+    stats = Path("/proc/self/task").glob("*/schedstat")
+    return {stat.parent.name: int(stat.read_text().split()[0]) / 1e9 for stat in stats}
 
 
 def main() -> None:
@@ -128,8 +134,11 @@ def main() -> None:
     print("squared error over ggml's, of the group and of its worst tensor")
     print(f"{'type':6}{'group':18}{'n':>4}{'plain':>10}{'worst':>9}{'weighted':>10}{'worst':>9}")
     worse = [line for t in types for line in compare_errors(options.model_dir, t, options.rows, options.sigma)]
-    print("\nspeed of one thread in million weights/s and over ggml's; of all threads over one")
-    print(f"{'type':6}{'':18}{'Mw/s':>8}{'/ ggml':>10}{f'x{options.threads}':>10}")
+    print(
+        "\nspeed: million weights/s of one thread, over ggml's, and all threads over one; by wall clock and by CPU time"
+    )
+    many = f"x{options.threads}"
+    print(f"{'type':6}{'':10}{'Mw/s':>8}{'/ ggml':>10}{'CPU':>10}{many + ' wall':>10}{many + ' CPU':>10}")
     for block_type in types:
         compare_speed(options.model_dir, block_type, options.threads, options.rounds, options.sigma)
     if worse:

@@ -242,7 +242,7 @@ def save(model: Qwen3_5ForCausalLM, folder: Path) -> None:
     """config.json and model.safetensors, weights rounded to BF16; the tied output matrix is not repeated."""
     state = {name: w.detach().to(torch.bfloat16) for name, w in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.dtype = "bfloat16"
+    model.config.dtype, model.config.architectures = "bfloat16", [type(model).__name__]
     model.config.save_pretrained(folder)
 
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sq_stream.errors import BadInputError
 from sq_stream.events import Finished, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, make_plan
@@ -81,7 +82,7 @@ def verify(
     """
     bytes_ = parse_size(max_ram) if isinstance(max_ram, str) else max_ram
     return verify_file(
-        Path(path),
+        _existing(path),
         None if against is None else Path(against),
         tile_weights=verify_tile(bytes_),
         on_event=on_event,
@@ -94,5 +95,11 @@ def inspect(path: PathLike) -> CheckpointSummary | GGUFSummary:
     Raises:
         SqStreamError: it cannot be read.
     """
-    path = Path(path)
+    path = _existing(path)
     return summarize_checkpoint(path) if path.is_dir() else summarize_gguf(path)
+
+
+def _existing(path: PathLike) -> Path:
+    if not Path(path).exists():
+        raise BadInputError(f"{path} does not exist")
+    return Path(path)

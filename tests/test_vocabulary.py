@@ -215,7 +215,18 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_side_files_with_values_of_other_types_never_crash(tmp_path: Path, name: str, file: str) -> None:
     """Every value replaced by one of another type: read as absent, or refused, never an exception of Python's own."""
-    for hostile in (None, 3, -1, "x", [], {}, [[]], {"content": []}, 1e300, [{"name": 1, "template": []}]):
+    for hostile in (
+        None,
+        3,
+        -1,
+        "x",
+        [],
+        {},
+        [[]],
+        {"content": []},
+        1e300,
+        [{"name": 1, "template": []}, {"name": {"content": "x"}}],
+    ):
         folder = changed_copy(
             tmp_path, name, file, lambda value, hostile=hostile: value.update(dict.fromkeys(value, hostile))
         )
@@ -302,6 +313,19 @@ def test_a_rank_table_called_tokenizer_model_is_passed_over(tmp_path: Path) -> N
     folder = spm_copy(tmp_path, "llama-bpe")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert read(folder, "llama-bpe").pre == "llama-bpe"
+
+
+def test_pre_tokenizers_are_not_for_sentencepiece() -> None:
+    assert read(GOLDEN / "llama-spm", "llama-spm", pre="default").pre == "default"
+    with pytest.raises(UsageError, match="--pre qwen2: this is a SentencePiece tokenizer"):
+        read(GOLDEN / "llama-spm", "llama-spm", pre="qwen2")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_take_spaces_are_told(tmp_path: Path, flag: str) -> None:
+    assert not any("added tokens" in note for note in read(GOLDEN / "smollm", "smollm").notes)
+    folder = changed_copy(tmp_path, "smollm", "tokenizer.json", lambda t: t["added_tokens"][1].update({flag: True}))
+    assert any("within words; not so here: <|im_start|>" in note for note in read(folder, "smollm").notes)
 
 
 def test_gemma_needs_its_sentencepiece_model(tmp_path: Path) -> None:

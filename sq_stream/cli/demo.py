@@ -9,7 +9,7 @@ import click
 
 from sq_stream import api
 from sq_stream.cli.console import Console
-from sq_stream.cli.tables import summary_text
+from sq_stream.cli.tables import tensors_text
 from sq_stream.demo import model_folder
 from sq_stream.demo.generate import generate
 
@@ -21,7 +21,7 @@ def run_demo(output: Path | None, prompt: str, n_tokens: int, console: Console) 
         click.echo(f"Quantizing the shipped model, {model_folder()}")
         click.echo("(the first run also compiles the kernels, which takes a while)\n")
         api.quantize(model_dir=model_folder(), output=file, overwrite=output is not None, on_event=console)
-        click.echo("\n" + summary_text(api.inspect(file)))
+        click.echo("\n" + tensors_text(api.inspect(file).tensors))
         click.echo(f"\nThe quantized model continues {prompt!r}:\n")
         click.echo(f"  {prompt}", nl=False)
         for piece in generate(file, prompt, n_tokens):

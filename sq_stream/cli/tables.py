@@ -92,8 +92,6 @@ def _type_lines(tensors: Sequence[TensorSummary]) -> list[str]:
 
 def summary_text(summary: CheckpointSummary | GGUFSummary) -> str:
     """A checkpoint or a GGUF file as text."""
-    rows = [("tensor", "type", "shape", "bytes")]
-    rows += [(t.name, t.type, _shape(t.shape), str(t.n_bytes)) for t in summary.tensors]
     if isinstance(summary, CheckpointSummary):
         size = f"{summary.n_layer} layers, {summary.n_parameters / 1e6:.1f} M weights to convert"
         head = [f"{summary.path}: {summary.architecture}, {size}"]
@@ -105,7 +103,14 @@ def summary_text(summary: CheckpointSummary | GGUFSummary) -> str:
             "",
             *(f"{key} = {_cut(value)}" for key, value in summary.metadata.items()),
         ]
-    return "\n".join([*head, "", *_type_lines(summary.tensors), "", table(rows)])
+    return "\n".join([*head, "", tensors_text(summary.tensors)])
+
+
+def tensors_text(tensors: Sequence[TensorSummary]) -> str:
+    """Tensors by type, and each by itself."""
+    rows = [("tensor", "type", "shape", "bytes")]
+    rows += [(t.name, t.type, _shape(t.shape), str(t.n_bytes)) for t in tensors]
+    return "\n".join([*_type_lines(tensors), "", table(rows)])
 
 
 def _cut(value: Any) -> str:

@@ -106,7 +106,7 @@ def make_plan(settings: Settings) -> Plan:
         for source, place, choice in zip(spec.tensors, layout.tensors, choices, strict=True)
     )
     left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
-    notes = (*checkpoint.warnings, *vocabulary.notes, *left_out)
+    notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *left_out)
     return Plan(settings, checkpoint, spec, tensors, layout, budget, notes)
 
 

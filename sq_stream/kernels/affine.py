@@ -9,13 +9,12 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from sq_stream.errors import BadInputError
 from sq_stream.formats.blocks import Q4_K, Q5_K, BlockType
 from sq_stream.kernels.affine_fit import BLOCK, BLOCKS, DMIN, N_LANES, SC, X_MAX, D, M, fit_super_blocks
 from sq_stream.kernels.floats import fp16_bits
+from sq_stream.kernels.importance import column_weights
 
 _TILE = N_LANES // BLOCKS  # super-blocks fitted side by side
-_LEAST_WEIGHT = np.float32(2.0**-32)  # of a column, against the heaviest: enough to give every block a best fit
 
 
 def encode_q4_k(x: NDArray[np.float32], importance: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
@@ -46,26 +45,10 @@ def _encode(
     n_rows, n_in = x.shape
     blocks = np.empty((n_rows, block_type.row_bytes(n_in)), np.uint8)
     super_blocks = np.ascontiguousarray(x, np.float32).reshape(-1, block_type.block_size)
-    weights = _column_weights(importance, n_in).reshape(-1, block_type.block_size)
+    super_blocks.flags.writeable = False  # one Numba type, and so one compilation, whatever the caller's array is
+    weights = column_weights(importance, n_in).reshape(-1, block_type.block_size)
     _encode_tiles(super_blocks, weights, np.float32(q_max), blocks.reshape(-1, block_type.block_bytes))
     return blocks
-
-
-def _column_weights(importance: NDArray[np.float32] | None, n_in: int) -> NDArray[np.float32]:
-    """Weights [n_in] in 2⁻³²..1: importance over the power of two above its largest, all 1 when it is None or zero."""
-    if importance is None:
-        return np.ones(n_in, np.float32)
-    if importance.shape != (n_in,):
-        raise ValueError(f"importance has shape {importance.shape}, and the rows have {n_in} values")
-    if not (usable := np.isfinite(importance) & (importance >= 0)).all():
-        column = int(np.argmin(usable))
-        raise BadInputError(
-            f"importance of column {column} is {importance[column]}: it must be finite and not negative"
-        )
-    if not importance.any():
-        return np.ones(n_in, np.float32)
-    _, exponent = np.frexp(importance.max())
-    return np.maximum(np.ldexp(importance, -exponent), _LEAST_WEIGHT).astype(np.float32, copy=False)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")

@@ -6,8 +6,9 @@ The leaves work on many blocks at once, one in each *lane*: `x[i, j]` is value i
 to 8·b + 7 are super-block b. A sum runs over i in order within its lane: the loop over lanes vectorizes although no sum
 is ever reordered, so that a result depends neither on the machine's vectors nor on the neighboring lanes.
 
-Each block starts from its own least-squares fit. The search then minimizes the exact error, every value rounded anew in
-each trial, over the pairs (sc, m) around it; d and dmin are fitted jointly, by least squares over the super-block.
+Each block starts from its own least-squares fit, rounded to the d and dmin that suit its super-block. The search then
+minimizes the exact error, every value rounded anew in each trial, over the pairs (sc, m) around that start; d and dmin
+are fitted jointly, by least squares over the super-block.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _ROUND = np.float32(2.0**23)  # x + 2²³ − 2²³ is x rounded to the nearest 
 _SMALLEST = np.float32(2.0**-24)  # the least positive fp16
 _NEGLIGIBLE = np.float32(2.0**-40)  # a scale below this counts as zero: its reciprocal might overflow
 _SINGULAR = np.float32(1e-6)  # relative determinant below which scale and low cannot be told apart
-_FULL_SPAN, _INNER_SPAN = np.float32(1), np.float32(0.8)  # parts of a block's span to which the codes stretch at first
-_SEARCHES = ((-3, 7, 3, 2), (-1, 1, 1, 1))  # arguments of search_grid: wide and every other pair, then all next pairs
+_SPANS = (np.float32(1), np.float32(1.03), np.float32(0.8))  # what the codes span at first, over what the block spans
+_SEARCHES = ((-4, 7, 4, 2), (-1, 1, 1, 1))  # arguments of search_grid: wide and every other pair, then all next pairs
 
 _leaf = njit(cache=True, error_model="numpy")
 
@@ -52,7 +53,7 @@ def fit_super_blocks(x, w, q_max, grid, codes):
     scale, low = np.empty(N_LANES, np.float32), np.empty(N_LANES, np.float32)
     stats = np.empty((6, N_LANES), np.float32)
     fit_blocks(x, w, q_max, scale, low, stats)
-    first_grid(scale, low, grid)
+    first_grid(scale, low, stats, grid)
     grid_statistics(x, w, q_max, grid, stats)
     for sc_from, sc_to, m_reach, stride in _SEARCHES:
         search_grid(x, w, q_max, sc_from, sc_to, m_reach, stride, grid, stats)
@@ -62,7 +63,7 @@ def fit_super_blocks(x, w, q_max, grid, codes):
 
 @_leaf
 def fit_blocks(x, w, q_max, scale, low, stats):
-    """Least-squares scale >= 0 and low <= 0 of each block by itself, from the better of two starts.
+    """Least-squares scale >= 0 and low <= 0 of each block by itself, from the best of three starts.
 
     Args:
         x: float32 [32, N_LANES].
@@ -70,7 +71,7 @@ def fit_blocks(x, w, q_max, scale, low, stats):
         q_max: float32.
         scale: out, float32 [N_LANES].
         low: out, float32 [N_LANES].
-        stats: scratch, float32 [6, N_LANES].
+        stats: out, float32 [6, N_LANES], as before the last refit.
     """
     smallest, largest = np.zeros(N_LANES, np.float32), x[0].copy()
     for i in range(BLOCK):
@@ -79,10 +80,10 @@ def fit_blocks(x, w, q_max, scale, low, stats):
             largest[j] = max(largest[j], x[i, j])
     trial_scale, trial_low = np.empty(N_LANES, np.float32), np.empty(N_LANES, np.float32)
     error, trial_error = np.full(N_LANES, np.inf, np.float32), np.empty(N_LANES, np.float32)
-    for part in (_FULL_SPAN, _INNER_SPAN):
+    for span in _SPANS:
         for j in range(N_LANES):
             trial_low[j] = smallest[j]
-            trial_scale[j] = max(largest[j] - smallest[j], _ZERO) * part / q_max
+            trial_scale[j] = max(largest[j] - smallest[j], _ZERO) * span / q_max
         block_statistics(x, w, trial_scale, trial_low, q_max, stats)
         refit_blocks(stats, trial_scale, trial_low, trial_error)
         for j in range(N_LANES):
@@ -118,18 +119,46 @@ def refit_blocks(stats, scale, low, error):
 
 
 @_leaf
-def first_grid(scale, low, grid):
-    """The grid whose largest sc and m are 63, each block's scale and low [N_LANES] rounded to it."""
+def first_grid(scale, low, stats, grid):
+    """Round scale and low of each block, and what the scale lost to the low, to the best d and dmin for a super-block.
+
+    Args:
+        scale: float32 [N_LANES].
+        low: float32 [N_LANES].
+        stats: float32 [6, N_LANES], at or near scale and low; only W, WQ and WQQ count.
+        grid: out, float32 [4, N_LANES].
+    """
+    weight, offset = np.empty(N_LANES, np.float32), np.empty(N_LANES, np.float32)
+    for j in range(N_LANES):
+        weight[j] = max(stats[WQQ, j] - stats[WQ, j] * stats[WQ, j] / stats[W, j], _ZERO)  # low follows the scale
     for start in range(0, N_LANES, BLOCKS):
-        largest, lowest = _ZERO, _ZERO
+        d = _best_step(scale, weight, start)
         for j in range(start, start + BLOCKS):
-            largest = max(largest, scale[j])
-            lowest = min(lowest, low[j])
-        d, dmin = _storable(largest / _SIX_BITS), _storable(-lowest / _SIX_BITS)
+            grid[D, j], grid[SC, j] = d, _round_clipped(scale[j] / d, _SIX_BITS)
+            move_scale = d * grid[SC, j] - scale[j]
+            offset[j] = max(stats[WQ, j] * move_scale / stats[W, j] - low[j], _ZERO)
+            weight[j] = stats[W, j]
+        dmin = _best_step(offset, weight, start)
         for j in range(start, start + BLOCKS):
-            grid[D, j], grid[DMIN, j] = d, dmin
-            grid[SC, j] = _round_clipped(scale[j] / d, _SIX_BITS)
-            grid[M, j] = _round_clipped(-low[j] / dmin, _SIX_BITS)
+            grid[DMIN, j], grid[M, j] = dmin, _round_clipped(offset[j] / dmin, _SIX_BITS)
+
+
+@_leaf
+def _best_step(values, weights, start):
+    """The fp16 step whose multiples are nearest to one super-block's values >= 0, the largest being 48 to 63 steps."""
+    largest = _ZERO
+    for j in range(start, start + BLOCKS):
+        largest = max(largest, values[j])
+    best, best_error = _ZERO, np.float32(np.inf)
+    for n in range(63, 47, -1):
+        step = _storable(largest / np.float32(n))
+        error = _ZERO
+        for j in range(start, start + BLOCKS):
+            r = values[j] - step * _round_clipped(values[j] / step, _SIX_BITS)
+            error += weights[j] * r * r
+        if error < best_error:
+            best, best_error = step, error
+    return best
 
 
 @_leaf

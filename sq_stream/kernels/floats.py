@@ -1,4 +1,4 @@
-"""Half-precision floats by integer arithmetic: Numba has no float16 on CPUs.
+"""Conversion of float32 to and from half precision and BF16 by integer arithmetic: Numba has neither on CPUs.
 
 Source of the branch-free conversions: F. Giesen, "Float->half variants" and "Half->float done quick" (public domain).
 """
@@ -6,9 +6,11 @@ Source of the branch-free conversions: F. Giesen, "Float->half variants" and "Ha
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 FP16_MAX = np.float32(65504.0)
+FP16_OVERFLOW = np.float32(65520.0)  # rounds to infinity, as all beyond
+BF16_OVERFLOW = np.uint32(0x7F7F_8000).view(np.float32)  # likewise
 
 _SIGN = np.uint32(0x8000_0000)
 _OVERFLOW = np.uint32(143 << 23)  # bits of 2**16, beyond the largest half and all that rounds to it
@@ -21,8 +23,10 @@ _INFINITY_F32 = np.uint32(0x7F80_0000)
 _QUIET_NAN = np.uint32(0x7E00)
 _WIDEN = np.float32(2.0**112)
 
+_leaf = njit(cache=True, inline="always", error_model="numpy")
 
-@njit(cache=True, inline="always")
+
+@_leaf
 def fp16_bits(x):
     """Bits (uint16) of the half nearest to `x` (float32), ties to even; beyond 65504 infinity, as IEEE 754 has it."""
     bits = np.float32(x).view(np.uint32)
@@ -38,7 +42,7 @@ def fp16_bits(x):
     return np.uint16(half | (sign >> np.uint32(16)))
 
 
-@njit(cache=True, inline="always")
+@_leaf
 def fp16_value(bits):
     """Value (float32) of the half with these bits (uint16)."""
     wide_bits = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))
@@ -47,3 +51,48 @@ def fp16_value(bits):
     if (bits & _INFINITY) == _INFINITY:
         magnitude = wide_bits | _INFINITY_F32
     return np.uint32(magnitude | (np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+@_leaf
+def storable_bits(x):
+    """Bits (uint16) of the half to store for a scale `x`: the largest finite one at most, and 0 only for 0."""
+    magnitude = fp16_bits(min(abs(x), FP16_MAX))
+    if x != np.float32(0):
+        magnitude = max(magnitude, np.uint16(1))
+    return np.uint16(magnitude | np.uint16(0x8000)) if x < np.float32(0) else magnitude
+
+
+_driver = njit(cache=True, parallel=True, error_model="numpy")
+
+
+@_driver
+def encode_f16(x, bits):
+    """Round x [n_rows, n_in] to bits, uint16 [n_rows, n_in]."""
+    for row in prange(len(x)):
+        for i in range(x.shape[1]):
+            bits[row, i] = fp16_bits(x[row, i])
+
+
+@_driver
+def decode_f16(bits, x):
+    """Values of bits, uint16 [n_rows, n_in], in x [n_rows, n_in]."""
+    for row in prange(len(x)):
+        for i in range(x.shape[1]):
+            x[row, i] = fp16_value(bits[row, i])
+
+
+@_driver
+def encode_bf16(x_bits, bits):
+    """Round x_bits, uint32 [n_rows, n_in] of float32 values, to nearest even in bits, uint16 [n_rows, n_in]."""
+    for row in prange(len(x_bits)):
+        for i in range(x_bits.shape[1]):
+            odd = (x_bits[row, i] >> np.uint32(16)) & np.uint32(1)
+            bits[row, i] = np.uint16(np.uint32(x_bits[row, i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@_driver
+def decode_bf16(bits, x_bits):
+    """Widen bits, uint16 [n_rows, n_in], to x_bits, uint32 [n_rows, n_in] of float32 values."""
+    for row in prange(len(bits)):
+        for i in range(bits.shape[1]):
+            x_bits[row, i] = np.uint32(bits[row, i]) << np.uint32(16)

@@ -39,7 +39,7 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, with the tokens that the tokenizer puts around a text (BOS, EOS).
 
-        Special tokens written in the text are recognized.
+        Special tokens written in the text are recognized. An added token may have an id beyond the model's embedding.
         """
         return self._encode(text, special)
 
@@ -69,7 +69,10 @@ def _from_model(folder: Path) -> Tokenizer:
 
     path = folder / "tokenizer.model"
     spm.open_model(path)
-    pieces = SentencePieceProcessor(model_file=str(path))
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise BadInputError(f"{path}: sentencepiece cannot read it: {error}") from error
     config = read_json_object(folder / "tokenizer_config.json") or {}
     added = {text: token_id for token_id, text, _ in spm.added_tokens(folder, config)}
     added |= {pieces.id_to_piece(i): i for i in range(pieces.vocab_size()) if pieces.is_control(i)}

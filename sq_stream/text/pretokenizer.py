@@ -99,8 +99,13 @@ def recognize(tokenizer: BpeTokenizer, *, override: str | None = None) -> str:
 
 
 def differences(tokenizer: BpeTokenizer) -> list[str]:
-    """In what llama.cpp is known to split text differently from this tokenizer."""
+    """In what llama.cpp is known to split text differently from this byte-level tokenizer."""
     found = []
+    if special := [token.content for token in tokenizer.added if not token.plain]:
+        found.append(
+            f"llama.cpp leaves the spaces around added tokens, and finds them within words; not so here: "
+            f"{', '.join(special[:5])}{' …' if len(special) > 5 else ''}"
+        )
     if tokenizer.normalizers:
         found.append("llama.cpp does not compose characters (NFC): decomposed text gets other ids than in training")
     if _splits(tokenizer.pre_tokenizers) in ((_TEKKEN,), (_GPT4O,)):

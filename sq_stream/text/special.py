@@ -153,7 +153,9 @@ def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> list[En
     named = {
         "".join(c if c.isascii() and c.isalnum() else "_" for c in choice["name"]): choice["template"]
         for choice in (template if isinstance(template, list) else [])
-        if isinstance(choice, Mapping) and _text(choice.get("name")) and _text(choice.get("template")) is not None
+        if isinstance(choice, Mapping)
+        and isinstance(choice.get("template"), str)
+        and isinstance(choice.get("name"), str)
     }
     default = named.pop("default", None)
     entries = [string(f"tokenizer.chat_template.{name}", text) for name, text in sorted(named.items())]

@@ -20,6 +20,7 @@ class AddedToken:
     content: str
     special: bool
     normalized: bool  # sought in the text after normalization
+    plain: bool = True  # takes no spaces around it, and is found within words
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def _added_token(where: str, token_id: Any, entry: Any) -> AddedToken:
     if not isinstance(content, str) or not content or type(token_id) is not int or token_id < 0:
         raise BadInputError(f"{where}: added token {entry!r} with id {token_id!r}: needs a text and an id from 0")
     special = bool(entry.get("special"))
-    return AddedToken(token_id, content, special, bool(entry.get("normalized", not special)))
+    plain = not any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word"))
+    return AddedToken(token_id, content, special, bool(entry.get("normalized", not special)), plain)
 
 
 def _named_special(tokenizer_config: Mapping[str, Any]) -> Iterator[str]:

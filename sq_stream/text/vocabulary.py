@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sq_stream.errors import BadInputError, UnsupportedModelError
+from sq_stream.errors import BadInputError, UnsupportedModelError, UsageError
 from sq_stream.formats.metadata import Entry, ValueType, array, boolean, string, u32
 from sq_stream.text import bpe, pretokenizer, spm
 from sq_stream.text.files import read_json_object
@@ -46,7 +46,7 @@ def read_vocabulary(
     Raises:
         BadInputError: a file is missing or damaged, or the tokenizer is not this model's.
         UnsupportedModelError: llama.cpp has no such tokenizer, as far as is known here.
-        UsageError: `pre` is not a name that llama.cpp knows.
+        UsageError: `pre` is not a name that llama.cpp knows, or the tokenizer is a SentencePiece one.
         StorageError: a file cannot be read.
     """
     if config is None:
@@ -57,7 +57,7 @@ def read_vocabulary(
     has_model = spm.is_model_file(folder / "tokenizer.model")
     if has_model:
         pieces = spm.read_model(folder, tokenizer_config, n_vocab)
-        entries = _sentencepiece(pieces)
+        entries = _sentencepiece(pieces, pre)
         notes += pieces.notes
     elif definition is None:
         raise BadInputError(f"{folder}: no tokenizer.json and no SentencePiece tokenizer.model: one of them is needed")
@@ -65,13 +65,11 @@ def read_vocabulary(
         raise UnsupportedModelError(
             f"{folder}: Gemma's tokenizer.json alone cannot be converted: add the tokenizer.model published with it"
         )
+    elif (tokenizer := parse_bpe(definition, tokenizer_config)).byte_fallback:
+        entries = _sentencepiece(spm.read_tokenizer_json(tokenizer, n_vocab), pre)
     else:
-        tokenizer = parse_bpe(definition, tokenizer_config)
-        if tokenizer.byte_fallback:
-            entries = _sentencepiece(spm.read_tokenizer_json(tokenizer, n_vocab))
-        else:
-            entries = _byte_level(tokenizer, pretokenizer.recognize(tokenizer, override=pre), n_vocab)
-            notes += pretokenizer.differences(tokenizer)
+        entries = _byte_level(tokenizer, pretokenizer.recognize(tokenizer, override=pre), n_vocab)
+        notes += pretokenizer.differences(tokenizer)
     entries += special_entries(folder, definition or {}, tokenizer_config, config, n_vocab)
     entries += _arch_entries(arch, n_vocab, tokenizer_config)
     metadata = {entry.key: entry for entry in entries}
@@ -81,8 +79,10 @@ def read_vocabulary(
     return Vocabulary(kind, name, n_vocab, tuple(metadata.values()), tuple(notes))
 
 
-def _sentencepiece(pieces: spm.SentencePieceTokens) -> list[Entry]:
+def _sentencepiece(pieces: spm.SentencePieceTokens, pre: str | None) -> list[Entry]:
     """Kind, tokens, scores and types of a SentencePiece vocabulary."""
+    if pre not in (None, "default"):
+        raise UsageError(f"--pre {pre}: this is a SentencePiece tokenizer, which llama.cpp does not pre-tokenize")
     entries = [
         string(_MODEL, "llama"),
         string(_PRE, "default"),

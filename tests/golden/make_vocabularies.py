@@ -501,6 +501,8 @@ def main() -> None:
         small = ("tokenizer_config.json", "config.json", "chat_template.jinja", "generation_config.json")
         folder = HERE / "smollm2"
         write_folder(folder, {name: (arguments.smollm2 / name).read_text("utf-8") for name in small})
+        origin = "Tokenizer of HuggingFaceTB/SmolLM2-135M, by Hugging Face, under the Apache License 2.0.\n"
+        (folder / "ORIGIN.txt").write_text(origin)
         write_json(folder / "expected.json", convert(arguments.llama_cpp, arguments.smollm2, "smollm"))
         tokenizer = (arguments.smollm2 / "tokenizer.json").read_bytes()
         (folder / "tokenizer.json.xz").write_bytes(lzma.compress(tokenizer, preset=9 | lzma.PRESET_EXTREME))

@@ -1,0 +1,168 @@
+"""The command line: arguments, output, errors, exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sq_stream import errors
+from sq_stream.cli import EPILOG, cli
+from sq_stream.demo import model_folder
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(model_folder())
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "demo.gguf"
+    result = run("quantize", MODEL, "-o", path, "--log-format", "json")
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_reference_in_the_docs_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.render(), "run python docs/generate_cli.py"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys\nfrom sq_stream.cli import cli\ncli(['--help'], standalone_mode=False)\nprint(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "numba", "gguf", "tokenizers", "sentencepiece", "psutil", "tqdm"} & set(modules)
+
+
+def test_exit_codes_of_the_help_are_those_of_the_errors() -> None:
+    documented = {int(code) for code in re.findall(r"^ +(\d+)  ", EPILOG, re.MULTILINE)}
+    raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.SqStreamError)}
+    assert documented - {0} == raised - {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["quantize", "no-such-folder"], 4, "no-such-folder does not exist"),
+        (["quantize", MODEL, "--max-ram", "much"], 2, "'much' is not a size"),
+        (["quantize", MODEL, "--max-ram", "10M"], 5, "the smallest that works is --max-ram"),
+        (["quantize", MODEL, "--threads", "100000"], 2, "--threads 100000"),
+        (["quantize", MODEL, "--effort", "best"], 2, "not available in this version"),
+        (["quantize", MODEL, "--type", "q3_k"], 2, "Invalid value for '--type'"),
+        (["quantize", MODEL, "--tensor-type", "ffn_down"], 2, "PATTERN=TYPE"),
+        (["quantize", MODEL, "--tensor-type", "ffn_dwon=q6_k"], 2, "ffn_dwon"),
+        (["quantize", MODEL, "-o", "no-such-folder/x.gguf"], 6, "no-such-folder"),
+        (["quantize", MODEL, "-o", "."], 2, "is a folder"),
+        (
+            ["quantize", MODEL, "-o", f"{MODEL}/model.safetensors", "--overwrite"],
+            2,
+            "among the files of the checkpoint",
+        ),
+        (["verify", f"{MODEL}/config.json"], 4, "config.json"),
+        (["inspect", "no-such-file"], 4, "no-such-file"),
+    ],
+)
+def test_errors(
+    arguments: list[str], exit_code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert (result.exit_code, message in result.stderr) == (exit_code, True), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_events_are_json_lines(tmp_path: Path) -> None:
+    result = run("quantize", MODEL, "-o", tmp_path / "x.gguf", "--type", "q8_0", "--log-format", "json")
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    kinds = [e["event"] for e in events]
+    assert kinds[:2] == ["note", "stage_started"]  # the note is about Unicode normalization
+    assert kinds[-1] == "finished"
+    assert {"progress", "tensor_finished"} <= set(kinds)
+    assert events[-1]["n_bytes"] == (tmp_path / "x.gguf").stat().st_size
+
+
+def test_errors_are_json_lines_too(demo_file: Path) -> None:
+    result = run("quantize", MODEL, "-o", demo_file, "--log-format", "json")
+    error = json.loads(result.stderr.splitlines()[-1])
+    assert (result.exit_code, error["event"], error["kind"], error["exit_code"]) == (2, "error", "usage", 2)
+    assert "--overwrite" in error["message"]
+
+
+def test_plan_tells_the_size_of_the_file(demo_file: Path) -> None:
+    plan = json.loads(run("plan", MODEL, "--json").stdout)
+    assert plan["output_bytes"] == demo_file.stat().st_size
+    assert plan["tensor_bytes"] == sum(t["n_bytes"] for t in plan["tensors"])
+    text = run("plan", MODEL).stdout
+    assert all(t["name"] in text and t["type"] in text for t in plan["tensors"])
+
+
+def test_inspect_shows_both_kinds_of_model(demo_file: Path) -> None:
+    checkpoint, file = (json.loads(run("inspect", path, "--json").stdout) for path in (MODEL, demo_file))
+    assert checkpoint["architecture"] == file["metadata"]["general.architecture"] == "qwen35"
+    assert checkpoint["n_parameters"] == file["n_parameters"]
+    assert file["metadata"]["general.quantized_by"].startswith("sq-stream ")
+    assert "token_embd.weight" in run("inspect", demo_file).stdout
+
+
+def test_verify_compares_with_the_source(demo_file: Path) -> None:
+    checks = json.loads(run("verify", demo_file, "--against", MODEL, "--json").stdout)
+    errors_of = {c["name"]: c["relative_error"] for c in checks}
+    assert errors_of["output_norm.weight"] == 0
+    assert 0.001 < errors_of["blk.0.ffn_gate.weight"] < 0.12
+    assert "every block decodes" in run("verify", demo_file).stdout
+
+
+def test_verify_finds_a_block_that_decodes_to_infinity(demo_file: Path, tmp_path: Path) -> None:
+    plan = json.loads(run("plan", MODEL, "--json").stdout)
+    offset = next(t["offset"] for t in plan["tensors"] if t["type"] == "Q4_K")
+    damaged = bytearray(demo_file.read_bytes())
+    damaged[offset : offset + 2] = b"\x00\x7c"  # the first block's d becomes infinite
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    result = run("verify", tmp_path / "damaged.gguf")
+    assert result.exit_code == 7
+    assert "[0, " in result.stderr
+
+
+def test_demo_writes_a_sentence(tmp_path: Path) -> None:
+    result = run("demo", "-o", tmp_path / "kept.gguf", "--prompt", "The captain", "--tokens", "12")
+    assert result.exit_code == 0, result.output
+    assert "Q4_K" in result.stdout
+    continued = result.stdout.split("The captain")[-1]
+    assert len(re.findall(r"[a-z]{2,}", continued)) >= 3
+    assert (tmp_path / "kept.gguf").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_job_in_order_and_the_same_command_resumes(
+    number: signal.Signals, tmp_path: Path, demo_file: Path
+) -> None:
+    output = tmp_path / "out.gguf"
+    command = [sys.executable, "-m", "sq_stream", "quantize", MODEL, "-o", str(output), "--log-format", "json"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if json.loads(line)["event"] == "tensor_finished":
+                process.send_signal(number)
+                break
+        last = json.loads(process.stderr.read().splitlines()[-1])
+    assert (process.returncode, last["kind"]) == (75, "interrupted_job")
+    assert not output.exists()
+    result = run(*command[3:])
+    assert result.exit_code == 0, result.stderr
+    assert "resuming" in result.stderr
+    assert output.read_bytes() == demo_file.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
