@@ -49,18 +49,20 @@ class DenseMetric:
         self.panels = panels
         self._matmul = workers.matmul
         self._a = a
-        self._upper = _inverse_factor(a.astype(np.float64)).astype(np.float32)
+        upper = _inverse_factor(a.astype(np.float64))
+        self._conditional, self._onward = [], []
+        for own in panels:
+            inverse = np.linalg.inv(upper[own, own])
+            self._conditional.append((inverse @ inverse.T).astype(np.float32))
+            self._onward.append((-inverse @ upper[own, own.stop :]).astype(np.float32))
 
     def conditional(self, i: int) -> Array:
-        """The conditional metric C of panel i, the inverse of the panel's block of A⁻¹ with the earlier columns gone."""
-        own = self._upper[self.panels[i], self.panels[i]].astype(np.float64)
-        return np.linalg.inv(own.T @ own).astype(np.float32)
+        """The conditional metric C of panel i, from its diagonal block of the factor of A⁻¹."""
+        return self._conditional[i]
 
     def correction(self, i: int, errors: Array) -> Array:
         """What the wanted values of the columns after panel i change by."""
-        own, later = self.panels[i], slice(self.panels[i].stop, None)
-        onward = np.linalg.solve(self._upper[own, own], self._upper[own, later])
-        return self._matmul(errors, -onward)
+        return self._matmul(errors, self._onward[i])
 
     def block(self, i: int) -> Array:
         """A_pp of panel i."""
@@ -72,29 +74,31 @@ class DenseMetric:
 
 
 class FactorMetric:
-    """A held as r and S; the suffix matrices M_R = I + S_R D_R⁻¹ S_Rᵀ [rank, rank] replace A_RR⁻¹ (Woodbury)."""
+    """A held as r and S; by Woodbury, A_pR A_RR⁻¹ = S_pᵀ M⁻¹ S_R D_R⁻¹ with M = I + S_R D_R⁻¹ S_Rᵀ [rank, rank].
+
+    `_left[i]` is S_pᵀ M⁻¹ of panel i: in float64 until then, for it is where large numbers cancel.
+    """
 
     def __init__(self, residual: Array, factor: Array, panels: Sequence[slice], workers: Workers) -> None:
         self.panels = panels
         self._matmul = workers.matmul
         self._r, self._s = residual, factor
-        self._suffix_inverses: list[Array] = []
-        suffix = np.eye(len(factor))
-        for panel in reversed(panels):
-            self._suffix_inverses.insert(0, np.linalg.inv(suffix).astype(np.float32))
-            scaled = factor[:, panel] / residual[panel].astype(np.float64)
-            suffix += scaled @ factor[:, panel].T
+        self._left: list[Array] = []
+        m = np.eye(len(factor))
+        for own in reversed(panels):
+            s = factor[:, own].astype(np.float64)
+            self._left.insert(0, np.linalg.solve(m, s).T.astype(np.float32))
+            m += (s / residual[own]) @ s.T
 
     def conditional(self, i: int) -> Array:
-        """C = D_p + S_pᵀ M_R⁻¹ S_p."""
-        own = self._s[:, self.panels[i]]
-        return np.diag(self._r[self.panels[i]]) + own.T @ (self._suffix_inverses[i] @ own)
+        """C = D_p + S_pᵀ M⁻¹ S_p."""
+        own = self.panels[i]
+        return np.diag(self._r[own]) + self._left[i] @ self._s[:, own]
 
     def correction(self, i: int, errors: Array) -> Array:
-        """(errors S_pᵀ) M_R⁻¹ S_R D_R⁻¹."""
-        own, later = self._s[:, self.panels[i]], slice(self.panels[i].stop, None)
-        onward = self._suffix_inverses[i] @ (self._s[:, later] / self._r[later])
-        return self._matmul(self._matmul(errors, own.T), onward)
+        """(errors S_pᵀ M⁻¹) S_R D_R⁻¹."""
+        later = slice(self.panels[i].stop, None)
+        return self._matmul(self._matmul(errors, self._left[i]), self._s[:, later] / self._r[later])
 
     def block(self, i: int) -> Array:
         """A_pp = D_p + S_pᵀ S_p."""

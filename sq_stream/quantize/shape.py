@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class Shaper:
         self._natural = [slice(start, min(start + PANEL, n_in)) for start in order]
         columns = np.concatenate([np.arange(panel.start, panel.stop) for panel in self._natural])
         bounds = np.cumsum([0, *(panel.stop - panel.start for panel in self._natural)])
-        panels = [slice(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        panels = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
         residual, factor = residual[columns], np.ascontiguousarray(factor[:, columns])
         self._columns = columns
         self._metric: Metric

@@ -1,0 +1,210 @@
+"""Shaping: each kernel against its reference, the scales' bytes against gguf's decoder, and what it is all for."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from reference_shape import descend_codes, round_with_feedback
+
+from sq_stream.formats.blocks import BLOCK_TYPES, Q4_K
+from sq_stream.kernels import descent, rescale
+from sq_stream.kernels.codec import decode, encode
+from sq_stream.parallel import Workers
+from sq_stream.quantize.grids import GRIDS, Scales, fit_scales
+from sq_stream.quantize.metric import DenseMetric, FactorMetric, panel_factor
+from sq_stream.quantize.shape import Shaper
+
+Array = NDArray[np.float32]
+TYPES = list(GRIDS)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers(2) as pool:
+        yield pool
+
+
+def linear(n_out: int, n_in: int, seed: int = 3) -> tuple[Array, Array, Array]:
+    """Heavy-tailed weights, and the residual and factor of inputs with a few strong directions."""
+    random = np.random.default_rng(seed)
+    w = random.standard_t(5, (n_out, n_in)).astype(np.float32) * 0.05
+    factor = random.standard_normal((40, n_in)).astype(np.float32) * np.geomspace(3, 0.1, 40, dtype=np.float32)[:, None]
+    residual = random.uniform(0.05, 0.4, n_in).astype(np.float32)
+    return w, residual, factor
+
+
+def dense(residual: Array, factor: Array) -> Array:
+    return np.diag(residual) + factor.T @ factor
+
+
+def objective(decoded: Array, w: Array, a: Array) -> float:
+    e = decoded.astype(np.float64) - w
+    return 0.5 * float(np.einsum("ij,jk,ik->", e, a.astype(np.float64), e, optimize=True))
+
+
+def oracle_decode(blocks: NDArray[np.uint8], name: str) -> Array:
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+
+
+def by_column(scales: Scales) -> tuple[Array, Array]:
+    scale, offset = scales.values()
+    return np.repeat(scale, scales.group_size, axis=1), np.repeat(offset, scales.group_size, axis=1)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_scales_and_codes_pack_to_what_gguf_decodes(name: str) -> None:
+    random, grid = np.random.default_rng(1), GRIDS[name]
+    scales = fit_scales(linear(9, 256)[0], BLOCK_TYPES[name], np.ones(256, np.float32))
+    codes = random.integers(grid.lowest, grid.highest, (9, 256), endpoint=True).astype(np.float32)
+    scale, offset = by_column(scales)
+    np.testing.assert_allclose(oracle_decode(scales.pack(codes), name), scale * codes + offset, rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_unpacking_loses_nothing(name: str) -> None:
+    w, grid = linear(5, 256)[0], GRIDS[name]
+    blocks = encode(w, BLOCK_TYPES[name], None)
+    scales = grid.scales.unpack(blocks, BLOCK_TYPES[name])
+    scale, offset = by_column(scales)
+    codes = np.rint((decode(blocks, BLOCK_TYPES[name]) - offset) / np.where(scale == 0, 1, scale))
+    np.testing.assert_array_equal(oracle_decode(scales.pack(codes), name), oracle_decode(blocks, name))
+
+
+def panel(n_rows: int = 6, p: int = 64) -> tuple[Array, Array, Array, Array, NDArray[np.int64]]:
+    w, residual, factor = linear(n_rows, p)
+    random = np.random.default_rng(8)
+    scale = random.uniform(0.01, 0.03, (n_rows, p // 32)).astype(np.float32)
+    return w, dense(residual, factor), scale, -8 * scale, np.arange(p) // 32
+
+
+def test_error_feedback_is_that_of_the_reference() -> None:
+    w, a, scale, offset, group = panel()
+    codes, left = np.empty_like(w), w.copy()
+    descent.round_with_feedback(left, scale, offset, group, panel_factor(a), np.float32(0), np.float32(15), codes)
+    for row in range(len(w)):
+        s, o = scale[row, group].astype(np.float64), offset[row, group].astype(np.float64)
+        expected = round_with_feedback(w[row].astype(np.float64), a.astype(np.float64), s, o, 0, 15)
+        np.testing.assert_array_equal(codes[row], expected)
+        np.testing.assert_allclose(left[row], w[row] - (s * codes[row] + o), atol=1e-6)
+
+
+def test_descent_on_codes_is_that_of_the_reference() -> None:
+    w, a, scale, offset, group = panel()
+    s, o = scale[:, group], offset[:, group]
+    codes = np.clip(np.rint((w - o) / s), 0, 15)
+    start = codes.copy()
+    gradient, moves = (s * codes + o - w) @ a, np.zeros_like(w)
+    before = s * codes + o
+    descent.descend_codes(gradient, a, scale, offset, group, np.float32(0), np.float32(15), codes, moves)
+    for row in range(len(w)):
+        expected = descend_codes(
+            start[row].astype(np.float64), w[row], a.astype(np.float64), s[row], o[row], 0, 15
+        )  # fmt: skip
+        np.testing.assert_array_equal(codes[row], expected)
+    assert (codes != start).any()
+    np.testing.assert_allclose(before + moves, s * codes + o, atol=1e-6)
+    np.testing.assert_allclose(gradient, (s * codes + o - w) @ a, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_improved_scales_lower_the_objective_and_keep_the_books(name: str) -> None:
+    w, residual, factor = linear(8, 256)
+    a, grid = dense(residual, factor), GRIDS[name]
+    scales = fit_scales(w, BLOCK_TYPES[name], np.ones(256, np.float32))
+    scale, offset = by_column(scales)
+    codes = np.clip(np.rint((w - offset) / np.where(scale == 0, 1, scale)), grid.lowest, grid.highest)
+    decoded = scale * codes + offset
+    gradient, moves = (decoded - w) @ a, np.zeros_like(w)
+    scales.improve(gradient, a, codes, moves)
+    improved = oracle_decode(scales.pack(codes), name)
+    assert objective(improved, w, a) < objective(decoded, w, a)
+    np.testing.assert_allclose(decoded + moves, improved, atol=1e-6)
+    np.testing.assert_allclose(gradient, (improved - w) @ a, atol=2e-4)
+
+
+def test_a_best_scale_pair_is_the_best_of_its_neighborhood() -> None:
+    """Of all stored (sc, m) whose sc is within reach, for one block, found by trying every one."""
+    w, residual, factor = linear(1, 256)
+    a = dense(residual, factor)
+    scales = fit_scales(w, Q4_K, np.ones(256, np.float32))
+    scale, offset = by_column(scales)
+    codes = np.clip(np.rint((w - offset) / scale), 0, 15)
+    sc = scales.sc[0, 0]
+
+    def cost(new_sc: float, new_m: float) -> float:
+        decoded = scale * codes + offset
+        decoded[0, :32] = scales.d[0] * new_sc * codes[0, :32] - scales.dmin[0] * new_m
+        return objective(decoded, w, a)
+
+    expected = min((cost(s, o), s, o) for s in range(int(sc) - 2, int(sc) + 3) for o in range(64))[1:]
+    one = (scales.d.copy(), scales.dmin.copy(), scales.sc[:, :1].copy(), scales.m[:, :1].copy())
+    gradient = (scale * codes + offset - w) @ a
+    rescale.rescale_affine(
+        gradient[:, :32].copy(), a[:32, :32].copy(), codes[:, :32].copy(), *one, np.zeros((1, 32), np.float32)
+    )
+    assert (one[2][0, 0], one[3][0, 0]) == expected
+
+
+@pytest.mark.parametrize("n_in", [256, 576, 800])
+def test_both_metrics_are_the_same_metric(n_in: int, workers: Workers) -> None:
+    w, residual, factor = linear(5, n_in)
+    panels = [slice(start, min(start + 256, n_in)) for start in range(0, n_in, 256)]
+    forms = DenseMetric(dense(residual, factor), panels, workers), FactorMetric(residual, factor, panels, workers)
+    for i, own in enumerate(panels):
+        for call in (
+            lambda m, i=i: m.conditional(i),
+            lambda m, i=i: m.block(i),
+            lambda m, i=i: m.gradient(i, w),
+            lambda m, i=i, own=own: m.correction(i, w[:, own].copy()),
+        ):
+            ours, theirs = (call(m) for m in forms)
+            assert ours.dtype == theirs.dtype == np.float32
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(ours).max(initial=0))
+
+
+def test_correction_is_the_least_squares_answer_of_the_free_columns(workers: Workers) -> None:
+    _, residual, factor = linear(4, 512)
+    a = dense(residual, factor).astype(np.float64)
+    metric = DenseMetric(a.astype(np.float32), [slice(0, 256), slice(256, 512)], workers)
+    errors = np.random.default_rng(0).normal(0, 0.01, (4, 256)).astype(np.float32)  # wanted - decoded
+    best = errors @ a[:256, 256:] @ np.linalg.inv(a[256:, 256:])  # of the decoded values against the wanted ones
+    np.testing.assert_allclose(metric.correction(0, errors), best, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "n_in", "most"), [
+    ("Q4_K", 512, 0.5), ("Q5_K", 512, 0.5), ("Q6_K", 512, 0.6),
+    ("Q8_0", 288, 0.6), ("Q5_0", 288, 0.5), ("Q5_1", 288, 0.5),
+])  # fmt: skip
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_shaping_beats_rounding_with_the_same_importance(
+    name: str, n_in: int, most: float, is_dense: bool, workers: Workers
+) -> None:
+    w, residual, factor = linear(48, n_in)
+    a, block_type = dense(residual, factor), BLOCK_TYPES[name]
+    rounded = oracle_decode(encode(w, block_type, np.diag(a).copy()), name)
+    blocks, first, last = Shaper(residual, factor, block_type, workers, dense=is_dense).shape(w)
+    assert blocks.shape == (48, block_type.row_bytes(n_in))
+    assert last < first
+    assert objective(oracle_decode(blocks, name), w, a) < most * objective(rounded, w, a)
+
+
+def test_bytes_depend_on_neither_threads_nor_tiles() -> None:
+    w, residual, factor = linear(300, 512)
+    results = []
+    for n_threads, tile in ((1, 300), (2, 300), (2, 128)):
+        with Workers(n_threads) as pool:
+            shaper = Shaper(residual, factor, Q4_K, pool)
+            results.append(np.vstack([shaper.shape(w[i : i + tile])[0] for i in range(0, 300, tile)]))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("value", [0.0, 0.25, -1e-9])
+def test_constant_rows_and_dead_columns(name: str, value: float, workers: Workers) -> None:
+    w = np.full((3, 256), value, np.float32)
+    residual = np.zeros(256, np.float32)  # no input was ever seen
+    blocks, _, _ = Shaper(residual, np.zeros((1, 256), np.float32), BLOCK_TYPES[name], workers).shape(w)
+    np.testing.assert_allclose(oracle_decode(blocks, name), w, rtol=1e-2, atol=1e-7)
