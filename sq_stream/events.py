@@ -15,15 +15,16 @@ class Note:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A pass over all tensors begins; `total` is its size in weights."""
+    """A pass over the model begins; `total` is its size in weights, or in the `unit` given."""
 
     stage: str
     total: int
+    unit: str = "weights"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` weights of the stage are behind us; `tensor` is in work."""
+    """`done` of `total` weights (or other units) of the stage are behind us; `tensor` is in work."""
 
     stage: str
     tensor: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
@@ -28,8 +28,12 @@ class Workers:
         """Results of `function` for all items, in their order."""
         return list(self._pool.map(function, items))
 
+    def stream(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results of `function` in the order of the items, as they come; what has not begun is dropped on an error."""
+        return self._pool.map(function, items)
+
     def matmul(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-        """a [n, k] times b [k, m], in slabs of rows: the same bits for any number of threads."""
+        """A [n, k] times b [k, m], in slabs of rows: the same bits for any number of threads."""
         out = np.empty((len(a), b.shape[1]), np.float32)
 
         def slab(start: int) -> None:

@@ -114,7 +114,7 @@ class BarView(View):
         from tqdm import tqdm
 
         return tqdm(
-            total=stage.total, desc=stage.stage, unit=" weights", unit_scale=True, dynamic_ncols=True, leave=False
+            total=stage.total, desc=stage.stage, unit=f" {stage.unit}", unit_scale=True, dynamic_ncols=True, leave=False
         )
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ def describe(event: Event) -> str:
     if isinstance(event, Note):
         return event.text
     if isinstance(event, StageStarted):
-        return f"{event.stage}: {event.total / 1e6:.1f} M weights"
+        return f"{event.stage}: {event.total / 1e6:.1f} M {event.unit}"
     if isinstance(event, TensorFinished):
         return f"  {event.name}: {event.type}, {format_size(event.n_bytes)}"
     if isinstance(event, Finished):

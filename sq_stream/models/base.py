@@ -52,10 +52,13 @@ class TensorMap:
 
     def read(self, checkpoint: TensorReader, start: int, stop: int) -> NDArray[np.float32]:
         """Target rows `start` to `stop`: float32 [stop - start, n_in]."""
+        return self.gather(checkpoint, slice(start, stop))
+
+    def gather(self, checkpoint: TensorReader, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Target rows in a slice or by number, in any order: float32 [n, n_in]."""
         if self.values is not None:
-            return self.values.reshape(self.n_rows, self.n_in)[start:stop]
-        rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
-        x = checkpoint.read_rows(self.source, rows)
+            return self.values.reshape(self.n_rows, self.n_in)[rows]
+        x = checkpoint.read_rows(self.source, rows if self.row_order is None else self.row_order[rows])
         if self.column_order is not None:
             x = x.take(self.column_order, axis=1)  # row-major, as plain indexing would not be
         if self.function == "add_one":

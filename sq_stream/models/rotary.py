@@ -61,7 +61,7 @@ class Rotary:
         half = len(frequencies)
         step, apart = (2, 1) if self.neighbors else (1, half)
         a, b = (np.s_[..., start : start + step * half : step] for start in (0, apart))
-        out = x.copy()
+        out: Array = x.copy()
         out[a] = x[a] * cos - x[b] * sin
         out[b] = x[b] * cos + x[a] * sin
         return out

@@ -1,0 +1,160 @@
+"""From a checkpoint and text to the statistics of every linear: computed once, then found in the store."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.calibrate.budget import Budget, make_budget, measure_layers
+from sq_stream.calibrate.forward import LostWorkError, run_forward
+from sq_stream.calibrate.sketch import Sketch
+from sq_stream.calibrate.store import Entry, Store
+from sq_stream.calibrate.weights import LayerReader
+from sq_stream.errors import BadInputError, DoesNotFitError
+from sq_stream.events import Note, OnEvent, ignore
+from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.storage import Closing
+from sq_stream.models.base import ModelSpec
+from sq_stream.models.forward import find_decoder, head_name
+from sq_stream.models.layers import Site
+from sq_stream.units import format_size
+
+VERSION = 1
+"""Of the maths and the file format: sketches of another one are not used."""
+
+
+class Sketches(Mapping[str, Sketch], Closing):
+    """Statistics of every linear by its tensor's GGUF name, read from the store one at a time.
+
+    A linear without data has neutral statistics and is named in `unseen`.
+    """
+
+    def __init__(self, spec: ModelSpec, entry: Entry) -> None:
+        self._widths = {t.name: t.n_in for t in spec.tensors if is_linear(t.name, t.shape)}
+        self._entry = entry
+        self._sites = {f"{name}.weight": site for site in entry.sites for name in site}
+        self._last: tuple[Site, Sketch] | None = None
+        names = {t.name for t in spec.tensors}
+        table = set() if head_name(names) == "token_embd" else {"token_embd.weight"}
+        self.unseen = tuple(name for name in self._widths if name not in self._sites and name not in table)
+        self.dead = {f"{site[0]}.weight": about["n_dead"] for site, about in entry.sites.items() if about["n_dead"]}
+
+    def __getitem__(self, name: str) -> Sketch:
+        site = self._sites.get(name)
+        if site is None:
+            return Sketch.neutral(self._widths[name])
+        if self._last is None or self._last[0] != site:
+            self._last = None
+            self._last = site, self._entry.load(site)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._widths)
+
+    def __len__(self) -> int:
+        return len(self._widths)
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self._last = None
+        self._entry.close()
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix that activations are multiplied with."""
+    return len(shape) == 2 and name.endswith(".weight") and "conv1d" not in name
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    windows: NDArray[np.int32],
+    store: Store,
+    *,
+    max_ram: int,
+    threads: int,
+    energy: float = 1.0,
+    on_event: OnEvent = ignore,
+) -> Sketches:
+    """The statistics of every linear of a model on a text; computed only if the store does not have them.
+
+    The same checkpoint, windows and settings give the same bits for any number of threads; `max_ram` only matters
+    where it is so small that wide sites are sketched.
+
+    Args:
+        checkpoint: the weights.
+        spec: the model.
+        windows: token ids [n_windows, n_ctx].
+        store: where sketches are kept; an interrupted calibration goes on from there.
+        max_ram: bytes of resident memory that the process may use at its peak.
+        threads: at most.
+        energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
+        on_event: told of the progress.
+
+    Raises:
+        BadInputError: ids outside the vocabulary, no windows, NaN or infinite weights or activations.
+        UnsupportedModelError: the architecture has no forward pass.
+        DoesNotFitError: memory or disk are too small.
+        InterruptedJobError: another process is computing the same.
+        StorageError: reading or writing failed; finished layers are kept.
+    """
+    reader = LayerReader(spec, checkpoint)
+    _check_windows(windows, reader.n_vocab)
+    decoder = find_decoder(spec.arch, spec.metadata)
+    layers = measure_layers(decoder, reader)
+    budget = make_budget(layers, windows.shape, reader.n_embd, max_ram=max_ram, threads=threads)
+    exact, planned = (_identity(checkpoint, windows, energy, ranks) for ranks in ({}, budget.ranks))
+    about = {"model": checkpoint.folder.resolve().name, "n_tokens": windows.size}
+    entry = store.open(exact if store.has(exact) else planned, about, decoder.n_layer + 1, on_event)
+    try:
+        if not entry.complete:
+            _check_disk(store, budget)
+            try:
+                run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
+            except LostWorkError as error:
+                on_event(Note(f"{error}; calibrating from the first layer on"))
+                entry.restart()
+                run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
+        return Sketches(spec, entry)
+    except BaseException:
+        entry.close()
+        raise
+
+
+def _identity(
+    checkpoint: Checkpoint, windows: NDArray[np.int32], energy: float, ranks: Mapping[int, int]
+) -> dict[str, Any]:
+    """Everything that the sketches depend on."""
+    return {
+        "version": VERSION,
+        "checkpoint": checkpoint.fingerprint(),
+        "text": hashlib.sha256(np.ascontiguousarray(windows, "<i4").tobytes()).hexdigest(),
+        "windows": list(windows.shape),
+        "energy": energy,
+        "ranks": {str(width): rank for width, rank in ranks.items()},
+    }
+
+
+def _check_windows(windows: NDArray[np.int32], n_vocab: int) -> None:
+    if windows.ndim != 2 or windows.size == 0:
+        raise BadInputError(f"calibration needs windows of token ids [n_windows, n_ctx]; these are {windows.shape}")
+    lowest, highest = int(windows.min()), int(windows.max())
+    if lowest < 0 or highest >= n_vocab:
+        raise BadInputError(
+            f"the calibration text has token id {lowest if lowest < 0 else highest}, the model's vocabulary "
+            f"{n_vocab} tokens: the ids are of another tokenizer"
+        )
+
+
+def _check_disk(store: Store, budget: Budget) -> None:
+    free = shutil.disk_usage(store.folder).free
+    if free < budget.peak_disk:
+        raise DoesNotFitError(
+            f"{store.folder}: calibration needs up to {format_size(budget.peak_disk)} of disk space and "
+            f"{format_size(free)} are free: make room, or choose another place with --cache"
+        )

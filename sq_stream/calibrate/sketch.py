@@ -1,0 +1,147 @@
+"""The second moment of a site's activations, as A ≈ diag(r) + SᵀS, in memory and in a file."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.errors import BadInputError
+from sq_stream.formats.atomic import atomic_write
+from sq_stream.formats.chunks import compress, decompress
+from sq_stream.formats.storage import storage_errors
+
+Array = NDArray[np.float32]
+
+MAGIC = b"sq-stream sketch 1\n"
+_LARGEST_CODE = 2**15 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """Statistics of the activations x that enter a site: the mean of x xᵀ over the tokens ≈ diag(r) + SᵀS.
+
+    The diagonal is exact. S is any factor: a triangular one, or rows along the strongest directions.
+    """
+
+    n_tokens: int  # 0: the site was not seen, and the statistics are neutral
+    residual: Array  # r [n_in], not negative
+    factor: Array  # S [rank, n_in]
+
+    @classmethod
+    def with_diagonal(cls, diagonal: Array, factor: Array, n_tokens: int) -> Sketch:
+        """The sketch whose diagonal is `diagonal` [n_in]: r makes up for what S lacks, columns of excess are scaled."""
+        explained = np.einsum("ij,ij->j", factor, factor)
+        excess = explained > diagonal
+        factor[:, excess] *= np.sqrt(diagonal[excess] / explained[excess])
+        return cls(n_tokens, np.where(excess, np.float32(0), diagonal - explained), factor)
+
+    @classmethod
+    def diagonal_only(cls, diagonal: Array, n_tokens: int) -> Sketch:
+        """What an importance matrix knows: mean squares [n_in] alone."""
+        return cls(n_tokens, diagonal, np.zeros((0, len(diagonal)), np.float32))
+
+    @classmethod
+    def neutral(cls, n_in: int) -> Sketch:
+        """Statistics of a site without data: the identity."""
+        return cls.diagonal_only(np.ones(n_in, np.float32), 0)
+
+    @property
+    def n_in(self) -> int:
+        """Values in one activation vector."""
+        return len(self.residual)
+
+    @property
+    def rank(self) -> int:
+        """Rows of the factor."""
+        return len(self.factor)
+
+    @property
+    def n_dead(self) -> int:
+        """Channels that were zero in every token."""
+        return int(np.count_nonzero(self.diagonal() == 0))
+
+    def diagonal(self) -> Array:
+        """The mean squares: float32 [n_in]."""
+        diagonal: Array = self.residual + np.einsum("ij,ij->j", self.factor, self.factor)
+        return diagonal
+
+    def dense(self) -> Array:
+        """The whole matrix: float32 [n_in, n_in]."""
+        a: Array = self.factor.T @ self.factor
+        a[np.diag_indices(self.n_in)] += self.residual
+        return a
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A sketch on its way to its file: the columns of S for live channels in panels, so that S is never held whole.
+
+    Each panel is [its rank, its columns]; rows of S that it lacks at its end are zero, as in a triangular factor.
+    """
+
+    n_tokens: int
+    diagonal: Array  # [n_in], zero where a channel is dead
+    panels: list[Array]
+
+    def sketch(self) -> Sketch:
+        """The sketch itself."""
+        live = self.diagonal > 0
+        factor = np.zeros((max((len(p) for p in self.panels), default=0), len(live)), np.float32)
+        columns, start = np.flatnonzero(live), 0
+        for panel in self.panels:
+            factor[: len(panel), columns[start : start + panel.shape[1]]] = panel
+            start += panel.shape[1]
+        return Sketch.with_diagonal(self.diagonal, factor, self.n_tokens)
+
+
+def write_sketch(path: Path, factored: Factored) -> int:
+    """Write a sketch, S as 16-bit integers with one scale a column; returns the CRC-32 of the file.
+
+    Raises:
+        StorageError: writing fails.
+    """
+    frames = [compress(factored.diagonal)]
+    for panel in factored.panels:
+        scale = np.maximum(np.abs(panel).max(axis=0, initial=0), np.float32(1e-30)) / np.float32(_LARGEST_CODE)
+        frames += [compress(scale), compress(np.rint(panel / scale).astype(np.int16))]
+    header = {
+        "n_tokens": factored.n_tokens,
+        "n_in": len(factored.diagonal),
+        "panels": [panel.shape for panel in factored.panels],
+        "frames": [len(frame) for frame in frames],
+    }
+    text = json.dumps(header).encode()
+    crc = 0
+    with atomic_write(path) as file:
+        for part in (MAGIC, b"%08x %s\n" % (zlib.crc32(text), text), *frames):
+            crc = zlib.crc32(part, crc)
+            file.write(part)
+    return crc
+
+
+def read_sketch(path: Path) -> Sketch:
+    """Read what `write_sketch` wrote.
+
+    Raises:
+        BadInputError: the file is damaged or is no sketch.
+        StorageError: it is not there, or reading fails.
+    """
+    with storage_errors("reading", path), open(path, "rb") as file:
+        if file.readline() != MAGIC:
+            raise BadInputError(f"{path} is no sketch of this version of sq-stream")
+        line = file.readline()
+        if line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
+            raise BadInputError(f"{path} is damaged: the checksum of its header is wrong")
+        header = json.loads(line[9:])
+        frames = iter([file.read(size) for size in header["frames"]])
+    diagonal = decompress(next(frames), np.float32, (header["n_in"],), str(path))
+    panels = []
+    for rank, width in header["panels"]:
+        scale = decompress(next(frames), np.float32, (width,), str(path))
+        panels.append(decompress(next(frames), np.int16, (rank, width), str(path)) * scale)
+    return Factored(header["n_tokens"], diagonal, panels).sketch()

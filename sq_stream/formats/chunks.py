@@ -1,0 +1,69 @@
+"""Arrays on disk, compressed and checksummed by zstd.
+
+The bytes of the values are put together by significance first: neighbors have much the same exponent, and what is
+left, the noise of the mantissas, is stored as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import DTypeLike, NDArray
+
+from sq_stream.errors import BadInputError
+from sq_stream.formats.storage import storage_errors
+
+LEVEL = 1  # higher ones gain about one percent on activations
+
+
+def compress(x: NDArray[Any]) -> bytes:
+    """The values of x as a zstd frame with a checksum."""
+    values = np.ascontiguousarray(x).reshape(-1).view(np.uint8).reshape(-1, x.itemsize)
+    planes = np.empty(values.shape[::-1], np.uint8)
+    for i, plane in enumerate(planes):
+        plane[:] = values[:, i]
+    return zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compress(planes.data)
+
+
+def decompress(data: bytes, dtype: DTypeLike, shape: tuple[int, ...], where: str) -> NDArray[Any]:
+    """The array of `shape` that `compress` stored.
+
+    Raises:
+        BadInputError: the frame is damaged or holds something else; `where` names it in the message.
+    """
+    out = np.empty(shape, dtype)
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=out.nbytes)
+    except zstandard.ZstdError as error:
+        raise BadInputError(f"{where} is damaged ({error})") from error
+    if len(raw) != out.nbytes:
+        raise BadInputError(f"{where} is damaged: it holds {len(raw)} bytes, {out.nbytes} are expected")
+    values = out.reshape(-1).view(np.uint8).reshape(-1, out.itemsize)
+    for i, plane in enumerate(np.frombuffer(raw, np.uint8).reshape(values.shape[::-1])):
+        values[:, i] = plane
+    return out
+
+
+def write_chunk(path: Path, x: NDArray[Any]) -> None:
+    """Write x to a file of its own, without syncing it: what a crash leaves half is found by its checksum.
+
+    Raises:
+        StorageError: writing fails.
+    """
+    with storage_errors("writing", path):
+        path.write_bytes(compress(x))
+
+
+def read_chunk(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Read back what `write_chunk` wrote.
+
+    Raises:
+        BadInputError: the file is damaged.
+        StorageError: it is not there, or reading fails.
+    """
+    with storage_errors("reading", path):
+        data = path.read_bytes()
+    return decompress(data, dtype, shape, str(path))
