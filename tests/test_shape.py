@@ -161,7 +161,7 @@ def test_both_metrics_are_the_same_metric(n_in: int, workers: Workers) -> None:
         ):
             ours, theirs = (call(m) for m in forms)
             assert ours.dtype == theirs.dtype == np.float32
-            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(ours).max(initial=0))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=3e-3 * np.abs(ours).max(initial=0))
 
 
 def test_correction_is_the_least_squares_answer_of_the_free_columns(workers: Workers) -> None:

@@ -158,9 +158,9 @@ class BlockScales(Scales):
         if name == "Q8_0":
             parts.append(q.astype(np.int8).view(np.uint8))
         else:
-            q = (q + 16 if name == "Q5_0" else q).astype(np.uint8)
+            u = (q + 16 if name == "Q5_0" else q).astype(np.uint8)
             parts += [_fp16_bytes(self.m[:, :, None])] if name == "Q5_1" else []
-            parts += [np.packbits(q >> 4, axis=2, bitorder="little"), (q[:, :, :16] & 15) | (q[:, :, 16:] & 15) << 4]
+            parts += [np.packbits(u >> 4, axis=2, bitorder="little"), (u[:, :, :16] & 15) | (u[:, :, 16:] & 15) << 4]
         return np.concatenate(parts, axis=2).reshape(len(codes), -1)
 
 

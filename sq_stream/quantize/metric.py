@@ -50,7 +50,8 @@ class DenseMetric:
         self._matmul = workers.matmul
         self._a = a
         upper = _inverse_factor(a.astype(np.float64))
-        self._conditional, self._onward = [], []
+        self._conditional: list[Array] = []
+        self._onward: list[Array] = []
         for own in panels:
             inverse = np.linalg.inv(upper[own, own])
             self._conditional.append((inverse @ inverse.T).astype(np.float32))
@@ -93,7 +94,8 @@ class FactorMetric:
     def conditional(self, i: int) -> Array:
         """C = D_p + S_pᵀ M⁻¹ S_p."""
         own = self.panels[i]
-        return np.diag(self._r[own]) + self._left[i] @ self._s[:, own]
+        c: Array = np.diag(self._r[own]) + self._left[i] @ self._s[:, own]
+        return c
 
     def correction(self, i: int, errors: Array) -> Array:
         """(errors S_pᵀ M⁻¹) S_R D_R⁻¹."""
@@ -103,7 +105,8 @@ class FactorMetric:
     def block(self, i: int) -> Array:
         """A_pp = D_p + S_pᵀ S_p."""
         own = self._s[:, self.panels[i]]
-        return np.diag(self._r[self.panels[i]]) + own.T @ own
+        a: Array = np.diag(self._r[self.panels[i]]) + own.T @ own
+        return a
 
     def gradient(self, i: int, errors: Array) -> Array:
         """E_:p D_p + (E Sᵀ) S_p."""
@@ -113,7 +116,8 @@ class FactorMetric:
 
 def _inverse_factor(a: NDArray[np.float64]) -> NDArray[np.float64]:
     """Upper triangular U with UᵀU = A⁻¹, for a positive definite A."""
-    return np.linalg.cholesky(np.linalg.inv(a)).T
+    upper: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(a)).T
+    return upper
 
 
 def panel_factor(conditional: Array) -> Array:
