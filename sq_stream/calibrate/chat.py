@@ -8,6 +8,7 @@ output, because the sandbox alone bounds none of them.
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,11 @@ _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from sq_stream.calibrate.chat 
 
 
 def render(
-    dialogues: Sequence[Sequence[Message]], template: str | None, tokens: Mapping[str, str]
+    dialogues: Sequence[Sequence[Message]],
+    template: str | None,
+    tokens: Mapping[str, str],
+    *,
+    cpu_seconds: int = CPU_SECONDS,
 ) -> tuple[list[str], str | None]:
     """Each dialogue as one text, and a note on those that the template could not write.
 
@@ -35,13 +40,14 @@ def render(
         dialogues: the messages of each.
         template: Jinja source of the chat template, if the checkpoint has one.
         tokens: what else the template sees: `bos_token`, `eos_token` and the like.
+        cpu_seconds: processor time that the template may take for all dialogues together.
     """
     if not dialogues:
         return [], None
     if template is None:
         note = "the checkpoint has no chat template: calibration dialogues are plain text"
         return [plain(messages) for messages in dialogues], note
-    texts, reason = _run(dialogues, template, tokens)
+    texts, reason = _run(dialogues, template, tokens, cpu_seconds)
     written = [plain(messages) if text is None else text for text, messages in zip(texts, dialogues, strict=True)]
     failed = texts.count(None)
     note = f"the chat template failed on {failed} of {len(texts)} calibration dialogues: they are plain text ({reason})"
@@ -54,10 +60,17 @@ def plain(messages: Sequence[Message]) -> str:
 
 
 def _run(
-    dialogues: Sequence[Sequence[Message]], template: str, tokens: Mapping[str, str]
+    dialogues: Sequence[Sequence[Message]], template: str, tokens: Mapping[str, str], cpu_seconds: int
 ) -> tuple[list[str | None], str]:
     """The texts from the child process, None where it has none, and why."""
-    request = json.dumps({"dialogues": [list(m) for m in dialogues], "template": template, "tokens": dict(tokens)})
+    request = json.dumps(
+        {
+            "dialogues": [list(messages) for messages in dialogues],
+            "template": template,
+            "tokens": dict(tokens),
+            "cpu_seconds": cpu_seconds,
+        }
+    )
     nothing: list[str | None] = [None] * len(dialogues)
     try:
         child = subprocess.run(
@@ -72,7 +85,7 @@ def _run(
     except OSError as error:
         return nothing, f"no process could be started for it: {error.strerror}"
     if child.returncode < 0:
-        return nothing, f"it was stopped: at most {CPU_SECONDS} s and {MEMORY >> 20} MiB are allowed"
+        return nothing, f"it was stopped: at most {cpu_seconds} s and {MEMORY >> 20} MiB are allowed"
     try:
         reply = json.loads(child.stdout)
     except ValueError:
@@ -86,25 +99,35 @@ def serve() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     request = json.load(sys.stdin.buffer)
+    resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_seconds"], request["cpu_seconds"]))
+    random.seed(0)  # Jinja's `random` and `lipsum`
     texts: list[str | None] = []
     error = ""
+    try:
+        template = _compile(request["template"])
+    except Exception as failure:  # here and below: whatever a template can raise
+        error = _named(failure)
+        texts = [None] * len(request["dialogues"])
     room = OUTPUT
-    for messages in request["dialogues"]:
+    for messages in request["dialogues"][len(texts) :]:
         try:
-            text = _write(request["template"], messages, request["tokens"], room)
-        except (Exception, RecursionError, MemoryError) as failure:  # whatever a template can raise
+            text = _write(template, messages, request["tokens"], room)
+        except Exception as failure:
             texts.append(None)
-            error = error or f"{type(failure).__name__}: {failure}"[:200]
+            error = error or _named(failure)
         else:
             texts.append(text)
             room -= len(text)
     sys.stdout.buffer.write(json.dumps({"texts": texts, "error": error}).encode())
 
 
-def _write(template: str, messages: list[Message], tokens: dict[str, str], room: int) -> str:
+def _named(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"[:200]
+
+
+def _write(template: Any, messages: list[Message], tokens: dict[str, str], room: int) -> str:
     """One dialogue; for templates that refuse a system message, with it in the first user message."""
     try:
         return _apply(template, messages, tokens, room)
@@ -115,9 +138,9 @@ def _write(template: str, messages: list[Message], tokens: dict[str, str], room:
         return _apply(template, [first, *messages[2:]], tokens, room)
 
 
-def _apply(template: str, messages: list[Message], tokens: dict[str, str], room: int) -> str:
+def _apply(template: Any, messages: list[Message], tokens: dict[str, str], room: int) -> str:
     parts = []
-    for part in _compile(template).generate(messages=messages, add_generation_prompt=False, **tokens):
+    for part in template.generate(messages=messages, add_generation_prompt=False, **tokens):
         room -= len(part)
         if room < 0:
             raise ValueError(f"it writes more than {OUTPUT} characters")

@@ -112,11 +112,9 @@ def build_corpus(
             f"give more text (about {10 * ctx} tokens or more, without repetitions)"
         )
     if n_repeated:
-        notes.append(f"{n_repeated} calibration windows are left out because they repeat text of another part")
+        notes.append(f"calibration windows left out because they repeat text of another part: {n_repeated}")
     if any(count < n for count, n in zip(counts, windows, strict=True)):
-        notes.append(
-            f"the calibration text makes {_listed(counts)} windows of {ctx} tokens ({_listed(windows)} wanted)"
-        )
+        notes.append(f"the calibration text makes {_listed(counts)} windows of {ctx} tokens, not {_listed(windows)}")
     return Corpus(
         calib=chosen[0].tokens,
         convergence=chosen[1].tokens,

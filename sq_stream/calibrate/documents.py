@@ -110,9 +110,7 @@ def _read(path: Path, n_vocab: int) -> Iterator[Document]:
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
     if size > MAX_FILE:
-        raise BadInputError(
-            f"{path}: {size} bytes; calibration takes at most {MAX_FILE} from one file: give a part of it"
-        )
+        raise BadInputError(f"{path}: {size} bytes; at most {MAX_FILE} of one file can be used: give a part of it")
     if path.suffix in (".npy", ".json"):
         for i, ids in enumerate(_token_ids(path, n_vocab)):
             yield Document(f"{path.name}/{i}", GIVEN, ids=ids)
