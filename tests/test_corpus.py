@@ -132,7 +132,7 @@ def test_each_kind_is_split_by_shares() -> None:
             assert np.allclose(np.array(sizes) / sum(sizes), [6 / 9, 1 / 9, 2 / 9], atol=0.06), kind
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama-bpe", "llama-spm"])
+@pytest.mark.parametrize("name", ["gemma", "llama-bpe"])
 def test_small_vocabularies(name: str, tmp_path: Path) -> None:
     tokenizer, vocabulary = opened(name, tmp_path)
     corpus = build_corpus(tokenizer, vocabulary, windows=(60, 10, 20))

@@ -203,11 +203,19 @@ def _drop_repeated(parts: Sequence[dict[str, _Pool]], skip: int) -> int:
         seen = np.unique(np.concatenate(kept))
         for kind, pool in pools.items():
             shingles = _shingles(pool.tokens[:, skip:])
-            fresh = np.isin(shingles, seen).mean(axis=1) < MAX_REPEATED
+            fresh = _found(shingles, seen).mean(axis=1) < MAX_REPEATED
             kept.append(shingles[fresh].ravel())
             pools[kind] = pool.take(fresh)
             dropped += int((~fresh).sum())
     return dropped
+
+
+def _found(values: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which of `values` are in the sorted `among`."""
+    if not len(among):
+        return np.zeros(values.shape, np.bool_)
+    at = np.minimum(np.searchsorted(among, values), len(among) - 1)
+    return among[at] == values
 
 
 def _shingles(tokens: Ids) -> npt.NDArray[np.uint64]:
