@@ -215,7 +215,8 @@ def _found(values: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) -> npt
     if not len(among):
         return np.zeros(values.shape, np.bool_)
     at = np.minimum(np.searchsorted(among, values), len(among) - 1)
-    return among[at] == values
+    found: npt.NDArray[np.bool_] = among[at] == values
+    return found
 
 
 def _shingles(tokens: Ids) -> npt.NDArray[np.uint64]:
