@@ -54,12 +54,17 @@ def fp16_value(bits):
 
 
 @_leaf
+def fp16_nearest(x):
+    """The finite half nearest to `x`, as float32."""
+    return fp16_value(fp16_bits(min(max(x, -FP16_MAX), FP16_MAX)))
+
+
+@_leaf
 def storable_bits(x):
     """Bits (uint16) of the half to store for a scale `x`: the largest finite one at most, and 0 only for 0."""
-    magnitude = fp16_bits(min(abs(x), FP16_MAX))
-    if x != np.float32(0):
-        magnitude = max(magnitude, np.uint16(1))
-    return np.uint16(magnitude | np.uint16(0x8000)) if x < np.float32(0) else magnitude
+    bits = np.uint32(fp16_bits(min(max(x, -FP16_MAX), FP16_MAX)))
+    vanished = (np.uint32(bits & np.uint32(0x7FFF)) == np.uint32(0)) and (x != np.float32(0))
+    return np.uint16(bits | np.uint32(1)) if vanished else np.uint16(bits)
 
 
 _driver = njit(cache=True, parallel=True, error_model="numpy")

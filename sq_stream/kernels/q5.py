@@ -10,7 +10,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from sq_stream.formats.blocks import Q5_0, Q5_1
-from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_value, storable_bits
+from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_nearest, fp16_value, storable_bits
 from sq_stream.kernels.importance import column_weights
 from sq_stream.kernels.q5_search import X_MAX, search_affine, search_centered
 from sq_stream.kernels.trials import TRIALS, best_scales, extremes, reciprocal
@@ -60,62 +60,67 @@ def encode_q5_1(x: NDArray[np.float32], importance: NDArray[np.float32] | None =
 @_driver
 def _encode_q5_0(x, weights, alike, blocks):
     """Encode x [n_rows, n_blocks, 32] with weights [n_blocks, 32], all alike or not, into [n_rows, n_blocks, 22]."""
-    n_blocks = x.shape[1]
     for row in prange(len(x)):
-        d, d_bits = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.uint16)
-        if alike:
-            best_scales(x[row], _LEVELS, _HIGHEST - _CENTER, d)
-        else:
-            search_centered(x[row], weights, d)
-        for b in range(n_blocks):
-            d_bits[b] = storable_bits(d[b])
-            d[b] = fp16_value(d_bits[b])
-        for b in range(n_blocks):
-            block = blocks[row, b]
-            block[0], block[1] = d_bits[b] & 0xFF, d_bits[b] >> 8
-            _write_codes(x[row, b], d[b], -_CENTER * d[b], block[2:])
+        _encode_row_q5_0(x[row], weights, alike, blocks[row])
+
+
+@_stage
+def _encode_row_q5_0(x, weights, alike, blocks):
+    d, d_bits = np.empty(len(x), np.float32), np.empty(len(x), np.uint16)
+    if alike:
+        best_scales(x, _LEVELS, _HIGHEST - _CENTER, d)
+    else:
+        search_centered(x, weights, d)
+    for b in range(len(x)):
+        d_bits[b] = storable_bits(d[b])
+        d[b] = fp16_value(d_bits[b])
+    for b in range(len(x)):
+        blocks[b, 0], blocks[b, 1] = d_bits[b] & 0xFF, d_bits[b] >> 8
+        _write_codes(x[b], d[b], -_CENTER * d[b], blocks[b, 2:])
 
 
 @_driver
 def _encode_q5_1(x, weights, alike, blocks):
     """Encode x [n_rows, n_blocks, 32] with weights [n_blocks, 32], all alike or not, into [n_rows, n_blocks, 24]."""
-    n_blocks = x.shape[1]
     for row in prange(len(x)):
-        d, m = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.float32)
-        d_bits, m_bits = np.empty(n_blocks, np.uint16), np.empty(n_blocks, np.uint16)
-        if alike:
-            _fit_affine(x[row], d, m)
-        else:
-            search_affine(x[row], weights, d, m)
-        for b in range(n_blocks):
-            d_bits[b] = storable_bits(d[b])
-            d[b] = fp16_value(d_bits[b])
-            m_bits[b] = fp16_bits(min(max(m[b], -FP16_MAX), FP16_MAX))
-            m[b] = fp16_value(m_bits[b])
-        for b in range(n_blocks):
-            block = blocks[row, b]
-            block[0], block[1] = d_bits[b] & 0xFF, d_bits[b] >> 8
-            block[2], block[3] = m_bits[b] & 0xFF, m_bits[b] >> 8
-            _write_codes(x[row, b], d[b], m[b], block[4:])
+        _encode_row_q5_1(x[row], weights, alike, blocks[row])
+
+
+@_stage
+def _encode_row_q5_1(x, weights, alike, blocks):
+    d, m = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
+    d_bits, m_bits = np.empty(len(x), np.uint16), np.empty(len(x), np.uint16)
+    if alike:
+        _fit_affine(x, d, m)
+    else:
+        search_affine(x, weights, d, m)
+    for b in range(len(x)):
+        d_bits[b], m_bits[b] = storable_bits(d[b]), fp16_bits(m[b])
+        d[b] = fp16_value(d_bits[b])
+    for b in range(len(x)):
+        blocks[b, 0], blocks[b, 1] = d_bits[b] & 0xFF, d_bits[b] >> 8
+        blocks[b, 2], blocks[b, 3] = m_bits[b] & 0xFF, m_bits[b] >> 8
+        _write_codes(x[b], d[b], m[b], blocks[b, 4:])
 
 
 @_stage
 def _fit_affine(x, d, m):
     """Set d and m [n_blocks] to the least squares for the codes that x [n_blocks, 32] has on its full span.
 
-    Beyond the range of m the full span itself is kept, as far as it can be stored.
+    m is an fp16 value, and d the best for it. Where m must be clipped the span is kept, as far as it can be stored.
     """
     bits = x.view(np.uint32)
     for b in range(len(x)):
         bottom, top = extremes(bits[b], 32)
-        m[b] = min(max(bottom, -FP16_MAX), FP16_MAX)
-        d[b] = (max(min(top, X_MAX), m[b]) - m[b]) / _HIGHEST
         if bottom < -FP16_MAX or top > FP16_MAX:
+            m[b] = fp16_nearest(bottom)
+            d[b] = (max(min(top, X_MAX), m[b]) - m[b]) / _HIGHEST
             continue
+        d[b] = (top - bottom) / _HIGHEST
         inverse = reciprocal(d[b])
         q_sum = qq_sum = rest_sum = rest_q_sum = np.uint32(0)
         for i in range(32):
-            u = (x[b, i] - m[b]) * inverse
+            u = (x[b, i] - bottom) * inverse
             code = np.rint(u)
             q, rest = np.uint32(np.int32(code)), np.uint32(np.int32((u - code) * _FRACTION))
             q_sum = np.uint32(q_sum + q)
@@ -126,8 +131,9 @@ def _fit_affine(x, d, m):
         rests = np.float32(np.uint32(rest_sum).view(np.int32)) / _FRACTION
         rests_q = np.float32(np.uint32(rest_q_sum).view(np.int32)) / _FRACTION
         scaling = reciprocal(n * sqq - sq * sq)
-        m[b] += d[b] * scaling * (sqq * rests - sq * rests_q)
-        d[b] += d[b] * scaling * (n * rests_q - sq * rests)
+        ideal = bottom + d[b] * scaling * (sqq * rests - sq * rests_q)
+        m[b] = fp16_nearest(ideal)
+        d[b] += d[b] * scaling * (n * rests_q - sq * rests) + (ideal - m[b]) * sq * reciprocal(sqq)
 
 
 @_leaf

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from sq_stream.kernels.floats import FP16_MAX
+from sq_stream.kernels.floats import FP16_MAX, fp16_nearest
 from sq_stream.kernels.trials import TRIALS, extremes, lowest, reciprocal, signed_peak, try_grids
 
 BLOCK = 32
@@ -54,7 +54,7 @@ def search_centered(x, weights, d):
 
 @_stage
 def search_affine(x, weights, d, m):
-    """Set d and m [n_blocks] for x [n_blocks, 32] with weights [n_blocks, 32]."""
+    """Set d and m [n_blocks] for x [n_blocks, 32] with weights [n_blocks, 32]; m is fp16, d the best for it."""
     trials, bits, above = np.zeros((3, TRIALS), np.float32), x.view(np.uint32), np.empty(BLOCK, np.float32)
     inverses, offsets, errors = trials[0], trials[1], trials[2]
     for b in range(len(x)):
@@ -78,7 +78,9 @@ def search_affine(x, weights, d, m):
             if determinant > _SINGULAR * w * wqq:
                 d[b] += (w * wrq - wq * wr) / determinant
                 m[b] += (wqq * wr - wq * wrq) / determinant
-        m[b] += bottom
+        ideal = bottom + m[b]
+        m[b] = fp16_nearest(ideal)
+        d[b] += (ideal - m[b]) * wq * reciprocal(wqq)
 
 
 @_leaf

@@ -40,16 +40,20 @@ def encode_q8_0(x: NDArray[np.float32], importance: NDArray[np.float32] | None =
 @njit(cache=True, parallel=True, error_model="numpy")
 def _encode_rows(x, blocks):
     """Encode x [n_rows, n_blocks, 32] into blocks [n_rows, n_blocks, 34]."""
-    n_blocks = x.shape[1]
     for row in prange(len(x)):
-        d, d_bits = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.uint16)
-        best_scales(x[row], _LEVELS, _HIGHEST, d)
-        for b in range(n_blocks):
-            d_bits[b] = storable_bits(d[b])
-            d[b] = fp16_value(d_bits[b])
-        for b in range(n_blocks):
-            inverse = reciprocal(d[b])
-            blocks[row, b, 0], blocks[row, b, 1] = d_bits[b] & 0xFF, d_bits[b] >> 8
-            for i in range(32):
-                code = min(max(np.rint(x[row, b, i] * inverse), -_HIGHEST), _HIGHEST)
-                blocks[row, b, 2 + i] = np.uint8(np.int32(code))
+        _encode_row(x[row], blocks[row])
+
+
+@njit(cache=True, error_model="numpy")
+def _encode_row(x, blocks):
+    d, d_bits = np.empty(len(x), np.float32), np.empty(len(x), np.uint16)
+    best_scales(x, _LEVELS, _HIGHEST, d)
+    for b in range(len(x)):
+        d_bits[b] = storable_bits(abs(d[b]))
+        d[b] = fp16_value(d_bits[b])
+    for b in range(len(x)):
+        inverse = reciprocal(d[b])
+        blocks[b, 0], blocks[b, 1] = d_bits[b] & 0xFF, d_bits[b] >> 8
+        for i in range(32):
+            code = min(max(np.rint(x[b, i] * inverse), -_HIGHEST), _HIGHEST)
+            blocks[b, 2 + i] = np.uint8(np.int32(code))
