@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sq_stream.calibrate.imatrix import export_imatrix
 from sq_stream.errors import BadInputError
 from sq_stream.events import Finished, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, make_plan
 from sq_stream.job.run import run
 from sq_stream.job.settings import DEFAULT_MAX_RAM, parse_settings
+from sq_stream.job.statistics import gather
 from sq_stream.job.summary import CheckpointSummary, GGUFSummary, summarize_checkpoint, summarize_gguf
 from sq_stream.job.verify import TensorCheck, verify_file
 from sq_stream.units import parse_size
@@ -28,6 +30,7 @@ __all__ = [
     "GGUFSummary",
     "Plan",
     "TensorCheck",
+    "calibrate",
     "inspect",
     "plan",
     "quantize",
@@ -44,7 +47,8 @@ def plan(
         model_dir: folder with config.json, *.safetensors and a tokenizer.
         output: the GGUF file to write; by default NAME-Q4_K_M.gguf in the current folder.
         max_ram: most resident memory at the peak, in bytes or as text ("4G").
-        options: `recipe`, `pure`, `tensor_types`, `effort`, `mtp`, `pre`, `threads`, `overwrite`, `fresh`: see
+        options: `recipe`, `pure`, `tensor_types`, `effort`, `mtp`, `pre`, `calib`, `calib_extend`, `ctx`,
+            `windows`, `imatrix`, `cache`, `threads`, `overwrite`, `fresh`: see
             `sq_stream.job.settings.parse_settings`.
 
     Raises:
@@ -70,6 +74,36 @@ def quantize(
     job = plan(model_dir, output, max_ram=max_ram, **options)
     with job.checkpoint:
         return run(job, on_event)
+
+
+def calibrate(
+    model_dir: PathLike,
+    *,
+    max_ram: int | str = DEFAULT_MAX_RAM,
+    imatrix_out: PathLike | None = None,
+    on_event: OnEvent = ignore,
+    **options: Any,
+) -> None:
+    """Gather the statistics that `quantize` uses and keep them in the cache.
+
+    Args:
+        model_dir: as for `quantize`.
+        max_ram: as for `quantize`.
+        on_event: as for `quantize`.
+        imatrix_out: also write them here as a GGUF importance matrix.
+        options: `calib`, `calib_extend`, `ctx`, `windows`, `cache`, `threads`: see `parse_settings`.
+
+    Raises:
+        SqStreamError: it cannot be done or was stopped; finished layers are kept.
+    """
+    job = plan(model_dir, max_ram=max_ram, effort="balanced", **options)
+    assert job.statistics is not None
+    assert job.statistics.windows is not None
+    with job.checkpoint, gather(job.statistics, job.settings, job.checkpoint, job.spec, on_event) as sketches:
+        if imatrix_out is not None:
+            n_windows, n_ctx = job.statistics.windows.shape
+            datasets = [str(path) for path in job.settings.calib] or ["sq-stream calib360"]
+            export_imatrix(Path(imatrix_out), sketches, n_windows=n_windows, n_ctx=n_ctx, datasets=datasets)
 
 
 def verify(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sq_stream import __version__
-from sq_stream.cli.console import LOG_FORMATS, Console
-from sq_stream.job.settings import EFFORTS
-from sq_stream.quantize.recipe import RECIPES
+from sq_stream.cli.console import Console
+from sq_stream.cli.options import as_json, cache, job_options, log_format, max_ram, model_dir, text_options, threads
 
 EPILOG = """\b
 Exit codes:
@@ -32,71 +29,6 @@ Exit codes:
 @click.version_option(__version__, prog_name="sq-stream")
 def cli() -> None:
     """Quantize Hugging Face checkpoints to llama.cpp GGUF files on a CPU, in bounded memory."""
-
-
-def job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say what to make, shared by `quantize` and `plan`."""
-    options = [
-        click.option(
-            "-o",
-            "--output",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="File to write. Default: NAME-TYPE.gguf in the current folder.",
-        ),
-        click.option(
-            "--type",
-            "recipe",
-            type=click.Choice(list(RECIPES)),
-            default="q4_k_m",
-            show_default=True,
-            help="Recipe of block types, as llama-quantize names them.",
-        ),
-        click.option(
-            "--pure", is_flag=True, help="The recipe's base type for every quantized tensor, without its mixture."
-        ),
-        click.option(
-            "--tensor-type",
-            "tensor_types",
-            multiple=True,
-            metavar="PATTERN=TYPE",
-            help="Block type of the tensors whose name matches a regular expression, as in 'ffn_down=q6_k'. "
-            "Repeatable; the first match holds.",
-        ),
-        click.option(
-            "--effort",
-            type=click.Choice(EFFORTS),
-            default="fast",
-            show_default=True,
-            help="fast: weights only. balanced and best (calibrated) are not available yet.",
-        ),
-        click.option("--mtp", is_flag=True, help="Keep the multi-token-prediction layers, if the checkpoint has any."),
-        click.option(
-            "--pre", metavar="NAME", help="Pre-tokenizer name, where it is not recognized from the tokenizer."
-        ),
-        click.option(
-            "--max-ram",
-            metavar="SIZE",
-            default="4G",
-            show_default=True,
-            help="Most resident memory at the peak, as in 512M or 4G.",
-        ),
-        click.option(
-            "--threads", type=int, metavar="N", help="Threads that encode. Default: all that the process may use."
-        ),
-    ]
-    return reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
-
-
-log_format = click.option(
-    "--log-format",
-    type=click.Choice(LOG_FORMATS),
-    default="auto",
-    show_default=True,
-    help="Progress on standard error: auto is a bar on a terminal and plain lines elsewhere; json is JSON lines.",
-)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-model_dir = click.argument("model_dir", type=click.Path(path_type=Path))
 
 
 @cli.command()
@@ -152,13 +84,7 @@ def inspect(path: Path, as_json: bool) -> None:
     metavar="MODEL_DIR",
     help="Checkpoint that the file was made from: show the error of each tensor.",
 )
-@click.option(
-    "--max-ram",
-    metavar="SIZE",
-    default="4G",
-    show_default=True,
-    help="Most resident memory at the peak, as in 512M or 4G.",
-)
+@max_ram
 @as_json
 @log_format
 def verify(file: Path, against: Path | None, max_ram: str, as_json: bool, log_format: str) -> None:
@@ -184,6 +110,53 @@ def demo(output: Path | None, prompt: str, tokens: int, log_format: str) -> None
         from sq_stream.cli.demo import run_demo
 
         run_demo(output, prompt, tokens, console)
+
+
+@cli.command()
+@model_dir
+@text_options
+@max_ram
+@threads
+@click.option(
+    "--imatrix-out", type=click.Path(path_type=Path), metavar="FILE", help="Also write a GGUF importance matrix here."
+)
+@log_format
+def calibrate(model_dir: Path, log_format: str, **options: Any) -> None:
+    """Gather the statistics of MODEL_DIR's linears that quantize uses, and keep them in the cache."""
+    with Console(log_format) as console:
+        from sq_stream import api
+
+        api.calibrate(model_dir, on_event=console, **options)
+
+
+@cli.group("cache")
+def cache_group() -> None:
+    """Show or clear the cache of calibrations."""
+
+
+@cache_group.command("list")
+@cache
+@as_json
+def cache_list(cache: Path | None, as_json: bool) -> None:
+    """Show the calibrations in the cache."""
+    with Console():
+        from sq_stream.calibrate.store import Store
+        from sq_stream.cli import tables
+
+        store = Store(cache)
+        click.echo(tables.to_json(store.list()) if as_json else tables.cache_text(store.folder, store.list()))
+
+
+@cache_group.command("clear")
+@click.argument("keys", nargs=-1)
+@cache
+def cache_clear(keys: tuple[str, ...], cache: Path | None) -> None:
+    """Remove the calibrations with these KEYS, or all."""
+    with Console():
+        from sq_stream.calibrate.store import Store
+        from sq_stream.units import format_size
+
+        click.echo(f"freed {format_size(Store(cache).clear(keys or None))}")
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from sq_stream.calibrate.store import Summary
 from sq_stream.job.plan import Plan
 from sq_stream.job.summary import CheckpointSummary, GGUFSummary, TensorSummary, count_types
 from sq_stream.job.verify import TensorCheck
@@ -127,3 +129,14 @@ def checks_text(checks: Sequence[TensorCheck]) -> str:
         rows += [(c.name, c.type, _shape(c.shape), f"{c.rms_error:.3e}", f"{c.relative_error:.4%}") for c in checks]
         return table(rows) + f"\n\n{len(checks)} tensors: every block decodes to finite values"
     return f"{len(checks)} tensors: every block decodes to finite values"
+
+
+def cache_text(folder: Path, calibrations: Sequence[Summary]) -> str:
+    """The calibrations in the cache as a table."""
+    rows = [("key", "model", "tokens", "state", "bytes")]
+    rows += [(c.key, c.model, str(c.n_tokens), _state(c), str(c.n_bytes)) for c in calibrations]
+    return f"{folder}\n\n{table(rows)}" if calibrations else f"{folder} is empty"
+
+
+def _state(calibration: Summary) -> str:
+    return "complete" if calibration.complete else f"{calibration.done} of {calibration.steps} steps"

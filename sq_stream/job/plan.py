@@ -13,6 +13,7 @@ from sq_stream.formats.gguf_layout import FileLayout, TensorLayout, lay_out
 from sq_stream.job.budget import Budget, check_disk, make_budget
 from sq_stream.job.identity import general_entries
 from sq_stream.job.settings import Settings
+from sq_stream.job.statistics import Statistics, find_statistics
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.quantize.recipe import RECIPES, choose_types, parse_override
@@ -43,6 +44,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     layout: FileLayout
     budget: Budget
+    statistics: Statistics | None = None
     notes: tuple[str, ...] = ()  # what the user should know
 
     @property
@@ -87,11 +89,12 @@ def make_plan(settings: Settings) -> Plan:
         overrides=overrides,
     )
     n_parameters = sum(math.prod(t.shape) for t in spec.tensors)
+    statistics = find_statistics(settings, vocabulary)
     general = general_entries(
         settings, arch=spec.arch, file_type=RECIPES[settings.recipe].file_type, n_parameters=n_parameters
     )
     layout = lay_out(
-        [*general, *spec.metadata, *vocabulary.metadata],
+        [*general, *(statistics.entries if statistics else ()), *spec.metadata, *vocabulary.metadata],
         [(t.name, t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)],
     )
     budget = make_budget(
@@ -106,8 +109,9 @@ def make_plan(settings: Settings) -> Plan:
         for source, place, choice in zip(spec.tensors, layout.tensors, choices, strict=True)
     )
     left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
-    notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *left_out)
-    return Plan(settings, checkpoint, spec, tensors, layout, budget, notes)
+    of_text = statistics.notes if statistics else ()
+    notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *of_text, *left_out)
+    return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, notes)
 
 
 def check_output(plan: Plan) -> None:

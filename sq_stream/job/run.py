@@ -8,8 +8,11 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from sq_stream import __version__
+from sq_stream.calibrate.sketches import Sketches
 from sq_stream.errors import InterruptedJobError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
 from sq_stream.formats.atomic import partial_path
@@ -17,8 +20,12 @@ from sq_stream.formats.checkpoint import check_finite
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
+from sq_stream.job.statistics import gather
 from sq_stream.job.tiles import row_tiles
 from sq_stream.job.verify import check_tensors
+
+if TYPE_CHECKING:
+    from sq_stream.quantize.encode import Encoder
 
 
 def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
@@ -57,7 +64,11 @@ def _write(plan: Plan, on_event: OnEvent) -> None:
     file, journal = _open(plan, on_event)
     with file, journal:
         checksums = {record["tensor"]: record["crc32"] for record in journal.records}
-        _encode(plan, file, journal, checksums, on_event)
+        sketches = None
+        if plan.statistics is not None and len(checksums) < len(plan.tensors):
+            sketches = gather(plan.statistics, plan.settings, plan.checkpoint, plan.spec, on_event)
+        with sketches or nullcontext():
+            _encode(plan, sketches, file, journal, checksums, on_event)
         check_tensors(file.partial, plan.budget.tile_weights, on_event, checksums=checksums)
         file.commit()
         journal.remove()
@@ -89,35 +100,48 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
     return GGUFFile.reopen(output, plan.layout), journal
 
 
-def _encode(plan: Plan, file: GGUFFile, journal: Journal, checksums: dict[str, int], on_event: OnEvent) -> None:
+def _encode(
+    plan: Plan,
+    sketches: Sketches | None,
+    file: GGUFFile,
+    journal: Journal,
+    checksums: dict[str, int],
+    on_event: OnEvent,
+) -> None:
     """Encode the tensors that have no checksum yet, and add theirs."""
     import numba
+
+    from sq_stream.parallel import Workers
+    from sq_stream.quantize.encode import make_encoder
 
     numba.set_num_threads(plan.settings.threads)
     on_event(StageStarted("encode", plan.n_weights))
     done = 0
-    for tensor in plan.tensors:
-        n_weights = tensor.source.n_rows * tensor.source.n_in
-        name = tensor.source.name
-        if name not in checksums:
-            for n_encoded in _encode_tensor(plan, tensor, file, checksums):
-                on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
-            file.sync()
-            journal.append({"tensor": name, "crc32": checksums[name]})
-            on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
-        done += n_weights
-        on_event(Progress("encode", name, done, plan.n_weights))
+    with Workers(plan.settings.threads) as workers:
+        for tensor in plan.tensors:
+            n_weights = tensor.source.n_rows * tensor.source.n_in
+            name = tensor.source.name
+            if name not in checksums:
+                sketch = sketches.get(name) if sketches is not None else None
+                encode = make_encoder(tensor.type, sketch, workers)
+                for n_encoded in _encode_tensor(plan, tensor, encode, file, checksums):
+                    on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
+                file.sync()
+                journal.append({"tensor": name, "crc32": checksums[name]})
+                on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
+            done += n_weights
+            on_event(Progress("encode", name, done, plan.n_weights))
 
 
-def _encode_tensor(plan: Plan, tensor: PlannedTensor, file: GGUFFile, checksums: dict[str, int]) -> Iterator[int]:
+def _encode_tensor(
+    plan: Plan, tensor: PlannedTensor, encode: Encoder, file: GGUFFile, checksums: dict[str, int]
+) -> Iterator[int]:
     """Encode one tensor in row tiles, yielding the weights done so far."""
-    from sq_stream.kernels.codec import encode
-
     source, crc = tensor.source, 0
     for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
         x = source.read(plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
         check_finite(x, source.source or source.name, rows.start)
-        data = encode(x, tensor.type)  # [n_tile, row_bytes]
+        data = encode(x)  # [n_tile, row_bytes]
         file.write_rows(tensor.layout, rows.start, data)
         crc = zlib.crc32(data.data, crc)
         yield rows.stop * source.n_in

@@ -10,7 +10,10 @@ from pathlib import Path
 from sq_stream.errors import UsageError
 
 EFFORTS = ("fast", "balanced", "best")
+DEFAULT_EFFORT = "balanced"
 DEFAULT_MAX_RAM = 4 * 2**30
+DEFAULT_CTX = 512
+DEFAULT_WINDOWS = 360
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,15 @@ class Settings:
     recipe: str = "q4_k_m"
     pure: bool = False
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE, in order
-    effort: str = "fast"
+    effort: str = DEFAULT_EFFORT
     mtp: bool = False
     pre: str | None = None
+    calib: tuple[Path, ...] = ()  # text or token ids in place of the packaged text
+    calib_extend: bool = False  # in addition to it
+    ctx: int = DEFAULT_CTX  # tokens in a window
+    windows: int = DEFAULT_WINDOWS  # of the fit, at most
+    imatrix: Path | None = None  # statistics in place of a calibration
+    cache: Path | None = None  # None: the user's cache folder
     max_ram: int = DEFAULT_MAX_RAM
     threads: int = 1
     overwrite: bool = False
@@ -49,23 +58,35 @@ def parse_settings(
     recipe: str = "q4_k_m",
     pure: bool = False,
     tensor_types: Sequence[str] = (),
-    effort: str = "fast",
+    effort: str = DEFAULT_EFFORT,
     mtp: bool = False,
     pre: str | None = None,
+    calib: Sequence[str | os.PathLike[str]] = (),
+    calib_extend: bool = False,
+    ctx: int = DEFAULT_CTX,
+    windows: int = DEFAULT_WINDOWS,
+    imatrix: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
     overwrite: bool = False,
     fresh: bool = False,
 ) -> Settings:
-    """Fill in the defaults and refuse what cannot be meant.
+    """Fill in the defaults and refuse what cannot be meant; the arguments are the fields of `Settings`.
 
     Raises:
-        UsageError: an option names something that does not exist, or asks for more threads than there are.
+        UsageError: options contradict each other, or one names what does not exist or is not there.
     """
     if effort not in EFFORTS:
         raise UsageError(f"--effort {effort!r} is not one of {', '.join(EFFORTS)}")
-    if effort != "fast":
-        raise UsageError(f"--effort {effort} is not available in this version: use --effort fast (weights only)")
+    if effort == "best":
+        raise UsageError("--effort best is not available in this version: use --effort balanced")
+    if effort == "fast" and (calib or imatrix):
+        raise UsageError("--effort fast looks at the weights alone: leave out --calib and --imatrix, or the effort")
+    if calib and imatrix:
+        raise UsageError("--imatrix takes the place of a calibration: leave out --calib, or --imatrix")
+    if calib_extend and not calib:
+        raise UsageError("--calib-extend adds the files of --calib to the packaged text: name them with --calib")
     folder = Path(model_dir)
     return Settings(
         model_dir=folder,
@@ -76,6 +97,12 @@ def parse_settings(
         effort=effort,
         mtp=mtp,
         pre=pre,
+        calib=tuple(map(Path, calib)),
+        calib_extend=calib_extend,
+        ctx=ctx,
+        windows=windows,
+        imatrix=None if imatrix is None else Path(imatrix),
+        cache=None if cache is None else Path(cache),
         max_ram=max_ram,
         threads=parse_threads(threads),
         overwrite=overwrite,

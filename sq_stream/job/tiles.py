@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sq_stream.parallel import SLAB
+
 
 def row_tiles(n_rows: int, n_in: int, tile_weights: int) -> Iterator[slice]:
-    """Consecutive row ranges of at most `tile_weights` values, at least one row each."""
-    step = max(1, tile_weights // n_in)
+    """Consecutive ranges of about `tile_weights` values, in whole slabs of rows: shaping works slab by slab."""
+    step = max(1, tile_weights // n_in // SLAB) * SLAB
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))

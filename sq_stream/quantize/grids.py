@@ -160,7 +160,7 @@ class BlockScales(Scales):
         else:
             u = (q + 16 if name == "Q5_0" else q).astype(np.uint8)
             parts += [_fp16_bytes(self.m[:, :, None])] if name == "Q5_1" else []
-            parts += [np.packbits(u >> 4, axis=2, bitorder="little"), (u[:, :, :16] & 15) | (u[:, :, 16:] & 15) << 4]
+            parts += [np.packbits(u >> 4, axis=2, bitorder="little"), _nibbles(u)]
         return np.concatenate(parts, axis=2).reshape(len(codes), -1)
 
 
@@ -188,6 +188,13 @@ def fit_scales(x: Array, block_type: BlockType, importance: Array) -> Scales:
     """Scales for wanted values x [n, p] of least error weighted by importance [p], from the plain encoder."""
     blocks = encode(np.ascontiguousarray(x), block_type, importance)
     return GRIDS[block_type.name].scales.unpack(blocks, block_type)
+
+
+def _nibbles(q: Bytes) -> Bytes:
+    """The low four bits of blocks [..., 32]: of values 0 to 15 in the low halves of 16 bytes, then of 16 to 31."""
+    low = q & np.uint8(15)
+    packed: Bytes = low[..., :16] | low[..., 16:] << np.uint8(4)
+    return packed
 
 
 def _fp16(raw: Bytes) -> Array:

@@ -1,0 +1,104 @@
+"""Where the statistics of a job's linears come from: a calibration, found in the store or computed, or an imatrix."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.corpus import build_corpus
+from sq_stream.calibrate.imatrix import import_imatrix
+from sq_stream.calibrate.sketches import Sketches
+from sq_stream.calibrate.store import Store
+from sq_stream.errors import StorageError
+from sq_stream.events import Note, OnEvent
+from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.metadata import Entry, string, u32
+from sq_stream.job.settings import Settings
+from sq_stream.models.base import ModelSpec
+from sq_stream.text.encode import Tokenizer
+from sq_stream.text.vocabulary import Vocabulary
+
+PARTS = (60, 120)  # windows of the convergence and held-out parts
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a job will use, known before it runs: the windows of its text, or an importance matrix."""
+
+    windows: NDArray[np.int32] | None  # token ids [n_windows, n_ctx]
+    digests: Mapping[str, str]  # SHA-256 of each part of the text, or of the importance matrix
+    notes: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What the file says of them, so that nobody scores it on the text that it was fitted to."""
+        entries = [string(f"sq_stream.{name}.sha256", digest) for name, digest in self.digests.items()]
+        if self.windows is not None:
+            entries.append(u32("sq_stream.calib.tokens", self.windows.size))
+        return entries
+
+
+def find_statistics(settings: Settings, vocabulary: Vocabulary) -> Statistics | None:
+    """The statistics that these settings ask for; None for weights alone.
+
+    Raises:
+        BadInputError: the text is too short or not this vocabulary's.
+        StorageError: a file cannot be read.
+        UsageError: a file is not there, or the windows are too small.
+    """
+    if settings.effort == "fast":
+        return None
+    if settings.imatrix is not None:
+        return Statistics(None, {"imatrix": _sha256(settings.imatrix)})
+    corpus = build_corpus(
+        Tokenizer.open(settings.model_dir),
+        vocabulary,
+        ctx=settings.ctx,
+        files=settings.calib,
+        extend=settings.calib_extend,
+        windows=(settings.windows, *PARTS),
+    )
+    return Statistics(corpus.calib, corpus.digests, corpus.notes)
+
+
+def gather(
+    statistics: Statistics, settings: Settings, checkpoint: Checkpoint, spec: ModelSpec, on_event: OnEvent
+) -> Sketches:
+    """The sketches themselves; a calibration that the store lacks is computed.
+
+    Raises:
+        SqStreamError: as `calibrate.calibration.calibrate` and `calibrate.imatrix.import_imatrix`.
+    """
+    if statistics.windows is None:
+        assert settings.imatrix is not None
+        sketches = import_imatrix(settings.imatrix, spec)
+    else:
+        sketches = calibrate(
+            checkpoint,
+            spec,
+            statistics.windows,
+            Store(settings.cache),
+            max_ram=settings.max_ram,
+            threads=settings.threads,
+            on_event=on_event,
+        )
+    if sketches.unseen:
+        more = f" and {len(sketches.unseen) - 3} more" if len(sketches.unseen) > 3 else ""
+        on_event(Note(f"no statistics, plain rounding: {', '.join(sketches.unseen[:3])}{more}"))
+    if sketches.dead:
+        site, n = next(iter(sketches.dead.items()))
+        on_event(Note(f"inputs that were zero in every token: {sum(sketches.dead.values())} (at {site}: {n})"))
+    return sketches
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
