@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,62 +12,18 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.budget import Budget, make_budget, measure_layers
 from sq_stream.calibrate.forward import LostWorkError, run_forward
-from sq_stream.calibrate.sketch import Sketch
-from sq_stream.calibrate.store import Entry, Store
+from sq_stream.calibrate.sketches import Sketches
+from sq_stream.calibrate.store import Store
 from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
-from sq_stream.formats.storage import Closing
 from sq_stream.models.base import ModelSpec
-from sq_stream.models.forward import find_decoder, head_name
-from sq_stream.models.layers import Site
+from sq_stream.models.forward import find_decoder
 from sq_stream.units import format_size
 
 VERSION = 1
 """Of the maths and the file format: sketches of another one are not used."""
-
-
-class Sketches(Mapping[str, Sketch], Closing):
-    """Statistics of every linear by its tensor's GGUF name, read from the store one at a time.
-
-    A linear without data has neutral statistics and is named in `unseen`.
-    """
-
-    def __init__(self, spec: ModelSpec, entry: Entry) -> None:
-        self._widths = {t.name: t.n_in for t in spec.tensors if is_linear(t.name, t.shape)}
-        self._entry = entry
-        self._sites = {f"{name}.weight": site for site in entry.sites for name in site}
-        self._last: tuple[Site, Sketch] | None = None
-        names = {t.name for t in spec.tensors}
-        table = set() if head_name(names) == "token_embd" else {"token_embd.weight"}
-        self.unseen = tuple(name for name in self._widths if name not in self._sites and name not in table)
-        self.dead = {f"{site[0]}.weight": about["n_dead"] for site, about in entry.sites.items() if about["n_dead"]}
-
-    def __getitem__(self, name: str) -> Sketch:
-        site = self._sites.get(name)
-        if site is None:
-            return Sketch.neutral(self._widths[name])
-        if self._last is None or self._last[0] != site:
-            self._last = None
-            self._last = site, self._entry.load(site)
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._widths)
-
-    def __len__(self) -> int:
-        return len(self._widths)
-
-    def close(self) -> None:
-        """Let go of the store."""
-        self._last = None
-        self._entry.close()
-
-
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix that activations are multiplied with."""
-    return len(shape) == 2 and name.endswith(".weight") and "conv1d" not in name
 
 
 def calibrate(
@@ -120,7 +76,8 @@ def calibrate(
                 on_event(Note(f"{error}; calibrating from the first layer on"))
                 entry.restart()
                 run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
-        return Sketches(spec, entry)
+        dead = {site: about["n_dead"] for site, about in entry.sites.items()}
+        return Sketches(spec, dead, entry.load, entry.close)
     except BaseException:
         entry.close()
         raise

@@ -147,7 +147,8 @@ class _Step:
                 self._moments[site].add(batch, x.reshape(-1, x.shape[-1]))
 
             try:
-                y = self._compute(residuals.read(i, batch), observe)
+                with np.errstate(over="ignore", invalid="ignore"):  # found in the end, by `finish`
+                    y = self._compute(residuals.read(i, batch), observe)
                 if y is not None:
                     residuals.write(i + 1, batch, y)
             except BaseException:

@@ -24,7 +24,8 @@ Observe = Callable[[Site, Array], None]
 
 TILE_WEIGHTS = 2**22
 """Weights of a matrix that are multiplied at a time. Fixed, so that results do not depend on what is in memory."""
-_BLOCK_VALUES = 2**16  # worked on at a time by elementwise functions: stays in the cache
+CACHED_VALUES = 2**16
+"""Worked on at a time by elementwise functions."""
 _QUERY_TILE = 128  # tokens
 
 
@@ -83,7 +84,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def elementwise(function: Callable[[Array], Array], x: Array) -> Array:
     """`function` of every value of the contiguous array x, in its place and block by block."""
     flat = x.reshape(-1)
-    for block in tiles(flat.size, 1, _BLOCK_VALUES):
+    for block in tiles(flat.size, 1, CACHED_VALUES):
         flat[block] = function(flat[block])
     return x
 

@@ -11,6 +11,7 @@ import numpy as np
 from sq_stream.models.forward import Decoder
 from sq_stream.models.gated_delta import gated_delta
 from sq_stream.models.layers import (
+    CACHED_VALUES,
     Array,
     Observe,
     Weights,
@@ -22,6 +23,7 @@ from sq_stream.models.layers import (
     sigmoid,
     silu,
     softplus,
+    tiles,
 )
 from sq_stream.models.qwen35 import DEFAULT_INTERVAL
 from sq_stream.models.rotary import Rotary
@@ -96,8 +98,10 @@ class Model(Decoder):
 
 def causal_convolution(x: Array, weight: Array) -> Array:
     """Each channel of x [..., n_tok, n] convolved with its taps, weight [n, n_tap], the last for the token itself."""
-    n_tok, n_tap = x.shape[-2], weight.shape[-1]
-    out = x * weight[:, -1]
-    for age in range(1, min(n_tap, n_tok)):
-        out[..., age:, :] += x[..., :-age, :] * weight[:, -1 - age]
+    taps = np.ascontiguousarray(weight.T[::-1])  # [n_tap, n], the newest first
+    out: Array = x * taps[0]
+    for block in tiles(x.shape[-2], x.shape[-1], CACHED_VALUES):
+        for age, tap in enumerate(taps[1:], 1):
+            tokens = slice(max(block.start, age), block.stop)
+            out[..., tokens, :] += x[..., tokens.start - age : max(tokens.stop - age, 0), :] * tap
     return out

@@ -1,0 +1,150 @@
+"""Importance matrices of llama.cpp: mean squares of the activations, column by column.
+
+Source: `common/imatrix-loader.cpp` and `tools/imatrix/imatrix.cpp` of llama.cpp, for GGUF and for the older format.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.calibrate.sketch import Sketch
+from sq_stream.calibrate.sketches import Sketches, is_linear
+from sq_stream.errors import BadInputError
+from sq_stream.formats.blocks import F32
+from sq_stream.formats.gguf_layout import MAGIC, lay_out
+from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.formats.gguf_write import GGUFFile
+from sq_stream.formats.metadata import ValueType, array, string, u32
+from sq_stream.formats.storage import storage_errors
+from sq_stream.models.base import ModelSpec
+from sq_stream.models.layers import Site
+
+Array = NDArray[np.float32]
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_MAX_NAME = 2**10  # bytes of a name in the older format
+_MAX_VALUES = 2**27  # of one entry in the older format
+
+
+def export_imatrix(
+    path: Path, sketches: Mapping[str, Sketch], *, n_windows: int, n_ctx: int, datasets: Sequence[str]
+) -> None:
+    """Write the diagonals of `sketches` as a GGUF importance matrix for llama-quantize, without unseen sites.
+
+    Args:
+        path: the file, replaced if it is there.
+        sketches: by tensor name.
+        n_windows: windows of text ("chunks").
+        n_ctx: tokens of each.
+        datasets: what the text was.
+
+    Raises:
+        StorageError: writing fails.
+    """
+    values: dict[str, Array] = {}
+    for name in sorted(sketches):
+        sketch = sketches[name]
+        if sketch.n_tokens:
+            values[name + SUMS] = sketch.diagonal() * np.float32(sketch.n_tokens)
+            values[name + COUNTS] = np.array([sketch.n_tokens], np.float32)
+    metadata = [
+        string("general.type", "imatrix"),
+        array("imatrix.datasets", ValueType.STRING, datasets),
+        u32("imatrix.chunk_count", n_windows),
+        u32("imatrix.chunk_size", n_ctx),
+    ]
+    layout = lay_out(metadata, [(name, (1, len(x)), F32) for name, x in values.items()])
+    with GGUFFile.create(path, layout) as file:
+        for tensor in layout.tensors:
+            file.write_rows(tensor, 0, values[tensor.name].astype("<f4")[None].view(np.uint8))
+        file.commit()
+
+
+def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
+    """The importance matrix in `path` (GGUF, or the older binary format) as statistics that are diagonals only.
+
+    Raises:
+        BadInputError: the file is no importance matrix, is damaged, or is of another model than `spec`.
+        StorageError: reading fails.
+    """
+    with storage_errors("reading", path), open(path, "rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    means = _read_gguf(path) if is_gguf else _read_legacy(path)
+    _check_model(path, means, spec)
+    sketches: dict[Site, Sketch] = {}
+    for name, (mean, count) in means.items():
+        if not np.isfinite(mean).all() or mean.min() < 0:
+            raise BadInputError(f"{path}: the importance of {name} holds {mean.min()}, {mean.max()}: it is damaged")
+        if count > 0:
+            sketches[(name.removesuffix(".weight"),)] = Sketch.diagonal_only(mean, count)
+    return Sketches(spec, {site: sketch.n_dead for site, sketch in sketches.items()}, sketches.__getitem__)
+
+
+def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
+    """Mean squares and token count of every tensor."""
+    with GGUFReader.open(path) as reader:
+        kind = reader.metadata.get("general.type")
+        if kind is None or kind.value != "imatrix":
+            raise BadInputError(f"{path} is a GGUF file, but no importance matrix (general.type is not imatrix)")
+        values = {}
+        for tensor in reader.tensors.values():
+            if tensor.block_type is not F32:
+                raise BadInputError(f"{path}: {tensor.name} is {tensor.block_type.name}, an importance matrix is F32")
+            values[tensor.name] = reader.read_rows(tensor.name, 0, tensor.n_rows).view("<f4").astype(np.float32)
+    means = {}
+    for name in (name.removesuffix(SUMS) for name in values if name.endswith(SUMS)):
+        sums, counts = values[name + SUMS], values.get(name + COUNTS)
+        if counts is None or counts.size != 1 or len(sums) != 1:
+            raise BadInputError(f"{path}: {name} has no single count of tokens; mixtures of experts are not supported")
+        count = int(np.nan_to_num(counts.item()))
+        means[name] = sums[0] / np.float32(max(count, 1)), count
+    return means
+
+
+def _read_legacy(path: Path) -> dict[str, tuple[Array, int]]:
+    """Mean squares and chunk count of every tensor: sums are stored as means times chunks."""
+    with storage_errors("reading", path):
+        data = path.read_bytes()
+    position = 0
+
+    def take(n_bytes: int) -> bytes:
+        nonlocal position
+        if n_bytes > len(data) - position:
+            raise BadInputError(f"{path} is neither a GGUF file nor a whole importance matrix of the older format")
+        position += n_bytes
+        return data[position - n_bytes : position]
+
+    def integer(lowest: int, highest: int) -> int:
+        (value,) = struct.unpack("<i", take(4))
+        if not lowest <= value <= highest:
+            raise BadInputError(f"{path} is no importance matrix: {value} at byte {position - 4} cannot be a size")
+        return int(value)
+
+    means = {}
+    for _ in range(integer(1, 2**20)):
+        name = take(integer(1, _MAX_NAME)).decode(errors="replace")
+        count = integer(0, 2**31 - 1)
+        sums = np.frombuffer(take(4 * integer(1, _MAX_VALUES)), "<f4").astype(np.float32)
+        means[name] = sums / np.float32(max(count, 1)), max(count, 1)
+    return means
+
+
+def _check_model(path: Path, means: Mapping[str, tuple[Array, int]], spec: ModelSpec) -> None:
+    """Refuse an importance matrix of another model. Multi-token prediction layers that are not kept may be in it."""
+    widths = {t.name: t.n_in for t in spec.tensors if is_linear(t.name, t.shape)}
+    advice = "it is of another model: use the one collected with this model, in any precision"
+    for name, (mean, _) in means.items():
+        if name in widths and len(mean) != widths[name]:
+            raise BadInputError(f"{path}: {name} has {len(mean)} columns, the model's has {widths[name]}; {advice}")
+        layer = _LAYER.match(name)
+        if name not in widths and layer and int(layer[1]) != spec.n_layer:
+            raise BadInputError(f"{path}: {name} is no linear of this {spec.arch} model; {advice}")
+    if not means.keys() & widths.keys():
+        raise BadInputError(f"{path} names none of this model's linears; {advice}")

@@ -1,0 +1,62 @@
+"""The statistics of all linears of a model, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from sq_stream.calibrate.sketch import Sketch
+from sq_stream.formats.storage import Closing
+from sq_stream.models.base import ModelSpec
+from sq_stream.models.forward import head_name
+from sq_stream.models.layers import Site
+
+
+class Sketches(Mapping[str, Sketch], Closing):
+    """Statistics of every linear by its tensor's GGUF name, loaded one site at a time.
+
+    A linear without data has neutral statistics.
+    """
+
+    unseen: tuple[str, ...]  # linears without data; not a token embedding that is only a table
+    dead: dict[str, int]  # channels that were zero in every token, by each site's first linear
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sites: Mapping[Site, int],
+        load: Callable[[Site], Sketch],
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Statistics of the `sites` given with their dead channels, got by `load`; `release` is called by `close`."""
+        self._widths = {t.name: t.n_in for t in spec.tensors if is_linear(t.name, t.shape)}
+        self._sites = {f"{name}.weight": site for site in sites for name in site}
+        self._load, self._release = load, release
+        self._last: tuple[Site, Sketch] | None = None
+        tables = {"token_embd.weight"} - {f"{head_name(self._widths)}.weight"}
+        self.unseen = tuple(name for name in self._widths if name not in self._sites and name not in tables)
+        self.dead = {f"{site[0]}.weight": n_dead for site, n_dead in sites.items() if n_dead}
+
+    def __getitem__(self, name: str) -> Sketch:
+        site = self._sites.get(name)
+        if site is None:
+            return Sketch.neutral(self._widths[name])
+        if self._last is None or self._last[0] != site:
+            self._last = None
+            self._last = site, self._load(site)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._widths)
+
+    def __len__(self) -> int:
+        return len(self._widths)
+
+    def close(self) -> None:
+        """Let go of where they come from."""
+        self._last = None
+        self._release()
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix that activations are multiplied with."""
+    return len(shape) == 2 and name.endswith(".weight") and "conv1d" not in name
