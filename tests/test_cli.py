@@ -28,7 +28,7 @@ def run(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "demo.gguf"
-    result = run("quantize", MODEL, "-o", path, "--log-format", "json")
+    result = run("quantize", MODEL, "--effort", "fast", "-o", path, "--log-format", "json")
     assert result.exit_code == 0, result.output
     return path
 
@@ -58,17 +58,17 @@ def test_exit_codes_of_the_help_are_those_of_the_errors() -> None:
     ("arguments", "exit_code", "message"),
     [
         (["quantize", "no-such-folder"], 4, "no-such-folder does not exist"),
-        (["quantize", MODEL, "--max-ram", "much"], 2, "'much' is not a size"),
-        (["quantize", MODEL, "--max-ram", "10M"], 5, "the smallest that works is --max-ram"),
-        (["quantize", MODEL, "--threads", "100000"], 2, "--threads 100000"),
+        (["quantize", MODEL, "--effort", "fast", "--max-ram", "much"], 2, "'much' is not a size"),
+        (["quantize", MODEL, "--effort", "fast", "--max-ram", "10M"], 5, "the smallest that works is --max-ram"),
+        (["quantize", MODEL, "--effort", "fast", "--threads", "100000"], 2, "--threads 100000"),
         (["quantize", MODEL, "--effort", "best"], 2, "not available in this version"),
-        (["quantize", MODEL, "--type", "q3_k"], 2, "Invalid value for '--type'"),
-        (["quantize", MODEL, "--tensor-type", "ffn_down"], 2, "PATTERN=TYPE"),
-        (["quantize", MODEL, "--tensor-type", "ffn_dwon=q6_k"], 2, "ffn_dwon"),
-        (["quantize", MODEL, "-o", "no-such-folder/x.gguf"], 6, "no-such-folder"),
-        (["quantize", MODEL, "-o", "."], 2, "is a folder"),
+        (["quantize", MODEL, "--effort", "fast", "--type", "q3_k"], 2, "Invalid value for '--type'"),
+        (["quantize", MODEL, "--effort", "fast", "--tensor-type", "ffn_down"], 2, "PATTERN=TYPE"),
+        (["quantize", MODEL, "--effort", "fast", "--tensor-type", "ffn_dwon=q6_k"], 2, "ffn_dwon"),
+        (["quantize", MODEL, "--effort", "fast", "-o", "no-such-folder/x.gguf"], 6, "no-such-folder"),
+        (["quantize", MODEL, "--effort", "fast", "-o", "."], 2, "is a folder"),
         (
-            ["quantize", MODEL, "-o", f"{MODEL}/model.safetensors", "--overwrite"],
+            ["quantize", MODEL, "--effort", "fast", "-o", f"{MODEL}/model.safetensors", "--overwrite"],
             2,
             "among the files of the checkpoint",
         ),
@@ -86,7 +86,9 @@ def test_errors(
 
 
 def test_events_are_json_lines(tmp_path: Path) -> None:
-    result = run("quantize", MODEL, "-o", tmp_path / "x.gguf", "--type", "q8_0", "--log-format", "json")
+    result = run(
+        "quantize", MODEL, "--effort", "fast", "-o", tmp_path / "x.gguf", "--type", "q8_0", "--log-format", "json"
+    )
     events = [json.loads(line) for line in result.stderr.splitlines()]
     kinds = [e["event"] for e in events]
     assert kinds[:2] == ["note", "stage_started"]  # the note is about Unicode normalization
@@ -96,17 +98,17 @@ def test_events_are_json_lines(tmp_path: Path) -> None:
 
 
 def test_errors_are_json_lines_too(demo_file: Path) -> None:
-    result = run("quantize", MODEL, "-o", demo_file, "--log-format", "json")
+    result = run("quantize", MODEL, "--effort", "fast", "-o", demo_file, "--log-format", "json")
     error = json.loads(result.stderr.splitlines()[-1])
     assert (result.exit_code, error["event"], error["kind"], error["exit_code"]) == (2, "error", "usage", 2)
     assert "--overwrite" in error["message"]
 
 
 def test_plan_tells_the_size_of_the_file(demo_file: Path) -> None:
-    plan = json.loads(run("plan", MODEL, "--json").stdout)
+    plan = json.loads(run("plan", MODEL, "--effort", "fast", "--json").stdout)
     assert plan["output_bytes"] == demo_file.stat().st_size
     assert plan["tensor_bytes"] == sum(t["n_bytes"] for t in plan["tensors"])
-    text = run("plan", MODEL).stdout
+    text = run("plan", MODEL, "--effort", "fast").stdout
     assert all(t["name"] in text and t["type"] in text for t in plan["tensors"])
 
 
@@ -127,7 +129,7 @@ def test_verify_compares_with_the_source(demo_file: Path) -> None:
 
 
 def test_verify_finds_a_block_that_decodes_to_infinity(demo_file: Path, tmp_path: Path) -> None:
-    plan = json.loads(run("plan", MODEL, "--json").stdout)
+    plan = json.loads(run("plan", MODEL, "--effort", "fast", "--json").stdout)
     offset = next(t["offset"] for t in plan["tensors"] if t["type"] == "Q4_K")
     damaged = bytearray(demo_file.read_bytes())
     damaged[offset : offset + 2] = b"\x00\x7c"  # the first block's d becomes infinite
@@ -151,7 +153,19 @@ def test_a_signal_ends_the_job_in_order_and_the_same_command_resumes(
     number: signal.Signals, tmp_path: Path, demo_file: Path
 ) -> None:
     output = tmp_path / "out.gguf"
-    command = [sys.executable, "-m", "sq_stream", "quantize", MODEL, "-o", str(output), "--log-format", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "sq_stream",
+        "quantize",
+        MODEL,
+        "--effort",
+        "fast",
+        "-o",
+        str(output),
+        "--log-format",
+        "json",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

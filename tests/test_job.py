@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -29,6 +30,8 @@ from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.job.run import run
 
 MODEL = model_folder()
+plan = partial(api.plan, effort="fast")
+quantize = partial(api.quantize, effort="fast")
 
 
 class Stop(Exception):
@@ -39,7 +42,7 @@ class Stop(Exception):
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of an uninterrupted run."""
     path = tmp_path_factory.mktemp("whole") / "whole.gguf"
-    api.quantize(MODEL, path)
+    quantize(MODEL, path)
     return path.read_bytes()
 
 
@@ -62,24 +65,24 @@ def stop_after(n: int) -> OnEvent:
 
 @pytest.mark.parametrize("options", [{"threads": 1}, {"max_ram": "400M"}, {"overwrite": True, "fresh": True}])
 def test_bytes_depend_on_nothing_but_model_and_recipe(options: dict, whole: bytes, tmp_path: Path) -> None:
-    api.quantize(MODEL, tmp_path / "again.gguf", **options)
+    quantize(MODEL, tmp_path / "again.gguf", **options)
     assert (tmp_path / "again.gguf").read_bytes() == whole
 
 
 def test_small_tiles_give_the_same_bytes(whole: bytes, tmp_path: Path) -> None:
-    plan = api.plan(MODEL, tmp_path / "rows.gguf")
-    with plan.checkpoint:
-        run(replace(plan, budget=replace(plan.budget, tile_weights=10_007)))
+    job = plan(MODEL, tmp_path / "rows.gguf")
+    with job.checkpoint:
+        run(replace(job, budget=replace(job.budget, tile_weights=10_007)))
     assert (tmp_path / "rows.gguf").read_bytes() == whole
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_s"])
 def test_every_recipe_decodes_to_the_source(recipe: str, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
-    api.quantize(MODEL, path, recipe=recipe)
+    quantize(MODEL, path, recipe=recipe)
     worst = {"bf16": 0, "f16": 1e-4, "q8_0": 0.01, "q6_k": 0.03, "q5_k_m": 0.06, "q4_k_s": 0.12}[recipe]
     with Checkpoint.open(MODEL) as checkpoint:
-        source = {t.name: t for t in api.plan(MODEL, path, recipe=recipe).spec.tensors}
+        source = {t.name: t for t in plan(MODEL, path, recipe=recipe).spec.tensors}
         for tensor in gguf.GGUFReader(path).tensors:  # the reader and decoder are not ours
             decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             expected = source[tensor.name].read(checkpoint, 0, source[tensor.name].n_rows)
@@ -88,8 +91,8 @@ def test_every_recipe_decodes_to_the_source(recipe: str, tmp_path: Path) -> None
 
 
 def test_overrides_change_the_types_they_name(tmp_path: Path) -> None:
-    plan = api.plan(MODEL, tmp_path / "x.gguf", tensor_types=["ffn_down=q8_0", r"blk\.0\.=q6_k"], pure=True)
-    types = {t.layout.name: t.type.name for t in plan.tensors}
+    job = plan(MODEL, tmp_path / "x.gguf", tensor_types=["ffn_down=q8_0", r"blk\.0\.=q6_k"], pure=True)
+    types = {t.layout.name: t.type.name for t in job.tensors}
     assert types["blk.0.ffn_down.weight"] == "Q8_0"
     assert types["blk.0.ffn_up.weight"] == "Q6_K"
     assert types["blk.1.ffn_up.weight"] == "Q4_K"
@@ -99,53 +102,53 @@ def test_overrides_change_the_types_they_name(tmp_path: Path) -> None:
 def test_a_stopped_job_resumes_to_the_same_bytes(n: int, whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     with pytest.raises(Stop):
-        api.quantize(MODEL, path, on_event=stop_after(n))
+        quantize(MODEL, path, on_event=stop_after(n))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf.journal", "out.gguf.partial"]
     finished = []
-    api.quantize(MODEL, path, on_event=lambda e: finished.append(e) if isinstance(e, TensorFinished) else None)
+    quantize(MODEL, path, on_event=lambda e: finished.append(e) if isinstance(e, TensorFinished) else None)
     assert path.read_bytes() == whole
-    assert len(finished) == len(api.plan(MODEL, path).tensors) - n
+    assert len(finished) == len(plan(MODEL, path).tensors) - n
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
 
 def test_another_job_in_the_way_is_refused_and_kept(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     with pytest.raises(Stop):
-        api.quantize(MODEL, path, on_event=stop_after(5))
+        quantize(MODEL, path, on_event=stop_after(5))
     with pytest.raises(UsageError, match=r"another header, type: .*--fresh"):
-        api.quantize(MODEL, path, recipe="q6_k")
-    api.quantize(MODEL, path)
+        quantize(MODEL, path, recipe="q6_k")
+    quantize(MODEL, path)
     assert path.read_bytes() == whole
 
 
 def test_a_changed_checkpoint_is_not_mixed_into_what_is_done(copy: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     with pytest.raises(Stop):
-        api.quantize(copy, path, on_event=stop_after(5))
+        quantize(copy, path, on_event=stop_after(5))
     os.utime(copy / "model.safetensors", ns=(1, 1))
     with pytest.raises(UsageError, match="another checkpoint"):
-        api.quantize(copy, path)
-    api.quantize(copy, path, fresh=True)
+        quantize(copy, path)
+    quantize(copy, path, fresh=True)
     assert path.is_file()
 
 
 def test_two_jobs_on_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
-    plan = api.plan(MODEL, path)
-    with GGUFFile.create(path, plan.layout), pytest.raises(InterruptedJobError, match="another process"):
-        api.quantize(MODEL, path)
+    job = plan(MODEL, path)
+    with GGUFFile.create(path, job.layout), pytest.raises(InterruptedJobError, match="another process"):
+        quantize(MODEL, path)
 
 
 def test_damage_between_runs_is_found_before_the_file_gets_its_name(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     with pytest.raises(Stop):
-        api.quantize(MODEL, path, on_event=stop_after(5))
-    plan = api.plan(MODEL, path)
+        quantize(MODEL, path, on_event=stop_after(5))
+    job = plan(MODEL, path)
     with open(tmp_path / "out.gguf.partial", "r+b") as file:
-        file.seek(plan.layout.tensors[0].offset + 100)
+        file.seek(job.layout.tensors[0].offset + 100)
         file.write(b"\x01\x02\x03")
     with pytest.raises(VerificationError, match="not those that were written"):
-        api.quantize(MODEL, path)
+        quantize(MODEL, path)
     assert not path.exists()
 
 
@@ -156,7 +159,7 @@ def test_a_nan_is_named_and_leaves_no_finished_file(copy: Path, tmp_path: Path) 
         file.seek(entry.offset + 2 * (3 * entry.shape[1] + 5))
         file.write(b"\xc0\x7f")
     with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.up_proj\.weight.* nan at \[row 3, column 5\]"):
-        api.quantize(copy, tmp_path / "out.gguf")
+        quantize(copy, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -164,9 +167,9 @@ def test_existing_output_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     path.write_text("precious")
     with pytest.raises(UsageError, match="--overwrite"):
-        api.quantize(MODEL, path)
+        quantize(MODEL, path)
     assert path.read_text() == "precious"
-    api.quantize(MODEL, path, overwrite=True)
+    quantize(MODEL, path, overwrite=True)
     assert path.read_bytes()[:4] == b"GGUF"
 
 
@@ -174,7 +177,7 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DoesNotFitError, match="1000 B are free"):
-        api.quantize(MODEL, tmp_path / "out.gguf")
+        quantize(MODEL, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -192,10 +195,10 @@ def test_a_disk_that_fills_up_leaves_a_job_to_resume(
     path = tmp_path / "out.gguf"
     monkeypatch.setattr(os, "pwrite", failing)
     with pytest.raises(StorageError, match="No space left"):
-        api.quantize(MODEL, path)
+        quantize(MODEL, path)
     monkeypatch.undo()
     assert not path.exists()
-    api.quantize(MODEL, path)
+    quantize(MODEL, path)
     assert path.read_bytes() == whole
 
 
@@ -203,7 +206,7 @@ def test_unknown_architectures_are_named(copy: Path, tmp_path: Path) -> None:
     config = (copy / "config.json").read_text().replace("Qwen3_5ForCausalLM", "Qwen9ForCausalLM")
     (copy / "config.json").write_text(config)
     with pytest.raises(UnsupportedModelError, match="Qwen9ForCausalLM"):
-        api.plan(copy, tmp_path / "x.gguf")
+        plan(copy, tmp_path / "x.gguf")
 
 
 def test_general_keys_say_what_the_model_is(whole: bytes, tmp_path: Path) -> None:

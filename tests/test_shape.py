@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from reference_shape import descend_codes, round_with_feedback
 
 from sq_stream.formats.blocks import BLOCK_TYPES, Q4_K
+from sq_stream.job.budget import SHAPED_TYPES
 from sq_stream.kernels import descent, rescale
 from sq_stream.kernels.codec import decode, encode
 from sq_stream.parallel import Workers
@@ -51,6 +52,10 @@ def oracle_decode(blocks: NDArray[np.uint8], name: str) -> Array:
 def by_column(scales: Scales) -> tuple[Array, Array]:
     scale, offset = scales.values()
     return np.repeat(scale, scales.group_size, axis=1), np.repeat(offset, scales.group_size, axis=1)
+
+
+def test_the_planner_knows_which_types_are_shaped() -> None:
+    assert set(GRIDS) == SHAPED_TYPES
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -10,18 +10,26 @@ from pathlib import Path
 
 from sq_stream.errors import DoesNotFitError
 from sq_stream.formats.blocks import BlockType
+from sq_stream.parallel import SLAB
 from sq_stream.units import format_size
 
 MIB = 2**20
+SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
 
-# Resident bytes before any tile: interpreter, NumPy, Numba with its compiled kernels, tokenizers (bench/memory.py).
+# Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba while it compiles all the kernels. Measured
+# as the peak memory that `quantize` states for a small model with an empty NUMBA_CACHE_DIR.
 FIXED_BYTES = 320 * MIB
-# Resident bytes for one weight of the tile in work: its mapped source (up to 4), the float32 tile and one copy where
-# rows are reordered or transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
+# Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
+# transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
 BYTES_PER_WEIGHT = 20
+# The same where the tile is shaped: wanted values, errors, codes, gradients and their copies by panel.
+BYTES_PER_SHAPED_WEIGHT = 64
+# Resident bytes for a value of a dense metric n_in × n_in: the sketch (8), the matrix and its panels (6), and the
+# float64 work of inverting it (24).
+BYTES_PER_METRIC_VALUE = 40
 # A larger tile encodes no faster.
 MOST_TILE_WEIGHTS = 4 * MIB
-# Resident bytes for one byte of tokenizer.json or of GGUF metadata while the vocabulary is read (bench/memory.py).
+# Resident bytes for one byte of the tokenizer's files while the vocabulary is read.
 BYTES_PER_VOCABULARY_BYTE = 12
 
 # Weights encoded per second by one core of a 2025 server, rounded down (bench/kernels.py); only for the estimate.
@@ -37,6 +45,8 @@ WEIGHTS_PER_SECOND = {
     "BF16": 200e6,
 }
 WEIGHTS_READ_BACK_PER_SECOND = 100e6
+WEIGHTS_SHAPED_PER_SECOND = 1.5e6  # of one thread, by any type
+MULTIPLICATIONS_PER_SECOND = 25e9  # of one thread in the forward pass
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,10 @@ def make_budget(
     vocabulary_bytes: int,
     max_ram: int,
     threads: int,
+    n_tokens: int = 0,
+    shaped: bool = False,
 ) -> Budget:
-    """Divide `max_ram` bytes among the parts of a weights-only job.
+    """Divide `max_ram` bytes among the parts of a job.
 
     Args:
         tensors: row-major shape and type of every tensor of the output.
@@ -65,27 +77,39 @@ def make_budget(
         vocabulary_bytes: size of the tokenizer files that planning reads.
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: kernel threads.
+        n_tokens: length of the text that the job calibrates on, if it does.
+        shaped: tensors are shaped under a full metric.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
     longest_row = max(shape[-1] for shape, _ in tensors)
     largest_tensor = max(math.prod(shape) for shape, _ in tensors)
+    n_weights = sum(math.prod(shape) for shape, _ in tensors)
     fixed = FIXED_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
-    smallest = fixed + BYTES_PER_WEIGHT * longest_row
+    per_weight, least_rows = BYTES_PER_WEIGHT, 1
+    if shaped:
+        widest = max((shape[-1] for shape, block_type in tensors if block_type.name in SHAPED_TYPES), default=0)
+        fixed += BYTES_PER_METRIC_VALUE * widest**2
+        per_weight, least_rows = BYTES_PER_SHAPED_WEIGHT, SLAB
+    least_tile = min(least_rows * longest_row, largest_tensor)
+    smallest = fixed + per_weight * least_tile
     if max_ram < smallest:
         raise DoesNotFitError(
             f"--max-ram {format_size(max_ram)} is too small for this model: "
             f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
         )
-    tile = min(largest_tensor, MOST_TILE_WEIGHTS, (max_ram - fixed) // BYTES_PER_WEIGHT)
-    encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors) / threads
-    reading = sum(math.prod(shape) for shape, _ in tensors) / WEIGHTS_READ_BACK_PER_SECOND
+    tile = max(min(largest_tensor, MOST_TILE_WEIGHTS, (max_ram - fixed) // per_weight), least_tile)
+    if shaped:
+        encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
+    else:
+        encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)
+    forward = n_weights * n_tokens / MULTIPLICATIONS_PER_SECOND
     return Budget(
-        tile_weights=max(tile, longest_row),
-        peak_ram=fixed + BYTES_PER_WEIGHT * max(tile, longest_row),
+        tile_weights=tile,
+        peak_ram=fixed + per_weight * tile,
         peak_disk=file_bytes,
-        seconds=encoding + reading,
+        seconds=(encoding + forward) / threads + n_weights / WEIGHTS_READ_BACK_PER_SECOND,
     )
 
 

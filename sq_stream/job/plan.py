@@ -103,6 +103,8 @@ def make_plan(settings: Settings) -> Plan:
         vocabulary_bytes=sum(path.stat().st_size for path in settings.model_dir.glob("tokenizer.*")),
         max_ram=settings.max_ram,
         threads=settings.threads,
+        n_tokens=statistics.windows.size if statistics and statistics.windows is not None else 0,
+        shaped=statistics is not None and statistics.windows is not None,
     )
     tensors = tuple(
         PlannedTensor(source, place, choice.reason)

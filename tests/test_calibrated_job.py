@@ -1,0 +1,159 @@
+"""Quantizing with statistics: from text, from the cache, from an importance matrix; what it gains; resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from sq_stream import api
+from sq_stream.calibrate.corpus import build_corpus
+from sq_stream.cli import cli
+from sq_stream.demo import model_folder
+from sq_stream.demo.generate import read_model
+from sq_stream.errors import BadInputError, UsageError
+from sq_stream.events import Event, StageStarted, TensorFinished
+from sq_stream.models.forward import forward
+from sq_stream.text.encode import Tokenizer
+from sq_stream.text.vocabulary import read_vocabulary
+
+MODEL = model_folder()
+WINDOWS = 16
+
+
+class Stop(Exception):
+    """Raised in the middle of a job."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def quantize(cache: Path) -> Callable[..., list[Event]]:
+    def call(path: Path, **options: Any) -> list[Event]:
+        events: list[Event] = []
+        settings = {"windows": WINDOWS, "cache": cache, "on_event": events.append, **options}
+        api.quantize(MODEL, path, **settings)
+        return events
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def shaped(quantize: Callable[..., list[Event]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shaped") / "shaped.gguf"
+    quantize(path, pure=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def heldout() -> np.ndarray:
+    vocabulary = read_vocabulary(MODEL, arch="qwen35", n_vocab=4096)
+    return build_corpus(Tokenizer.open(MODEL), vocabulary, ctx=128, windows=(1, 1, 12)).heldout
+
+
+def log_probabilities(path: Path, tokens: np.ndarray) -> np.ndarray:
+    decoder, weights = read_model(path)
+    logits = forward(tokens, weights, decoder).astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def stages(events: list[Event]) -> list[str]:
+    return [e.stage for e in events if isinstance(e, StageStarted)]
+
+
+def test_shaping_loses_less_than_rounding_on_text_it_has_not_seen(
+    shaped: Path, quantize: Callable[..., list[Event]], heldout: np.ndarray, tmp_path: Path
+) -> None:
+    api.quantize(MODEL, tmp_path / "bf16.gguf", recipe="bf16", effort="fast")
+    api.quantize(MODEL, tmp_path / "fast.gguf", pure=True, effort="fast")
+    p = log_probabilities(tmp_path / "bf16.gguf", heldout)
+    kl = {
+        path.stem: (np.exp(p) * (p - log_probabilities(path, heldout))).sum(axis=-1).mean()
+        for path in (tmp_path / "fast.gguf", shaped)
+    }
+    assert shaped.stat().st_size - (tmp_path / "fast.gguf").stat().st_size < 1000  # only the metadata differs
+    assert 0 < kl["shaped"] < 0.9 * kl["fast"]
+
+
+@pytest.mark.parametrize("options", [{"threads": 1}, {"max_ram": "700M"}])
+def test_bytes_depend_on_neither_threads_nor_memory(
+    options: dict[str, Any], shaped: Path, quantize: Callable[..., list[Event]], tmp_path: Path
+) -> None:
+    quantize(tmp_path / "again.gguf", pure=True, cache=tmp_path / "cache", **options)
+    assert (tmp_path / "again.gguf").read_bytes() == shaped.read_bytes()
+
+
+def test_another_recipe_reuses_the_calibration(
+    quantize: Callable[..., list[Event]], shaped: Path, tmp_path: Path
+) -> None:
+    assert stages(quantize(tmp_path / "x.gguf", recipe="q5_k_m")) == ["encode", "verify"]
+
+
+def test_a_stopped_job_resumes_to_the_same_bytes(
+    shaped: Path, quantize: Callable[..., list[Event]], tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, TensorFinished) and event.name.startswith("blk.1."):
+            raise Stop
+
+    path = tmp_path / "out.gguf"
+    with pytest.raises(Stop):
+        quantize(path, pure=True, on_event=stop)
+    assert not path.exists()
+    quantize(path, pure=True)
+    assert path.read_bytes() == shaped.read_bytes()
+
+
+def test_the_file_says_what_it_was_fitted_to(shaped: Path) -> None:
+    fields = gguf.GGUFReader(shaped).fields
+    assert fields["sq_stream.effort"].contents() == "balanced"
+    assert fields["sq_stream.calib.tokens"].contents() == WINDOWS * 512
+    digests = {fields[f"sq_stream.{part}.sha256"].contents() for part in ("calib", "convergence", "heldout")}
+    assert len(digests) == 3
+
+
+def test_an_importance_matrix_in_place_of_a_calibration(
+    cache: Path, quantize: Callable[..., list[Event]], shaped: Path, heldout: np.ndarray, tmp_path: Path
+) -> None:
+    api.calibrate(MODEL, windows=WINDOWS, cache=cache, imatrix_out=tmp_path / "m.gguf")
+    events: list[Event] = []
+    api.quantize(MODEL, tmp_path / "i.gguf", pure=True, imatrix=tmp_path / "m.gguf", on_event=events.append)
+    assert stages(events) == ["encode", "verify"]
+    assert (tmp_path / "i.gguf").read_bytes() != shaped.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"effort": "best"}, UsageError, "not available in this version"),
+        ({"effort": "fast", "calib": ["x.txt"]}, UsageError, "weights alone"),
+        ({"calib": ["x.txt"], "imatrix": "m.gguf"}, UsageError, "takes the place"),
+        ({"calib_extend": True}, UsageError, "name them with --calib"),
+        ({"calib": ["short.txt"]}, BadInputError, "too short"),
+        ({"ctx": 3}, UsageError, "at least 64"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Hardly a text.")
+    with pytest.raises(error, match=message):
+        api.plan(MODEL, "x.gguf", **options)
+
+
+def test_the_cache_is_listed_and_cleared(shaped: Path, tmp_path: Path) -> None:
+    api.calibrate(MODEL, windows=2, ctx=64, cache=tmp_path)
+    listed = CliRunner().invoke(cli, ["cache", "list", "--cache", str(tmp_path)]).stdout
+    assert "complete" in listed
+    assert " 128 " in listed
+    assert "freed" in CliRunner().invoke(cli, ["cache", "clear", "--cache", str(tmp_path)]).stdout
+    assert "is empty" in CliRunner().invoke(cli, ["cache", "list", "--cache", str(tmp_path)]).stdout
