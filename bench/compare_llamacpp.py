@@ -117,9 +117,10 @@ def log_sums(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64)) + top[:, 0]
 
 
-def measure(candidate: Candidate, model: LlamaModel, tokens: list[int], reference: NDArray[np.float32]) -> None:
-    """Add one window: `reference` holds the BF16 file's logits [n_tok, n_vocab]."""
-    logits = model.logits(tokens)
+def measure(
+    candidate: Candidate, tokens: list[int], logits: NDArray[np.float32], reference: NDArray[np.float32]
+) -> None:
+    """Add one window: `logits` and `reference`, those of the BF16 file, are [n_tok, n_vocab]."""
     log_z, reference_log_z = log_sums(logits), log_sums(reference)
     p = np.exp(reference - reference_log_z[:, None].astype(np.float32))
     kl = (p * (reference - logits)).sum(axis=-1, dtype=np.float64) / p.sum(axis=-1, dtype=np.float64)
@@ -201,10 +202,12 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[str, dict]:
             for c in candidates
         ]
         text = arguments.text.read_text(encoding="utf-8")
-        for tokens in windows(models[0], text, arguments.windows, arguments.ctx):
+        for i, tokens in enumerate(windows(models[0], text, arguments.windows, arguments.ctx), 1):
             reference = models[0].logits(tokens)
-            for candidate, model in zip(candidates, models, strict=True):
-                measure(candidate, model, tokens, reference)
+            measure(candidates[0], tokens, reference, reference)
+            for candidate, model in zip(candidates[1:], models[1:], strict=True):
+                measure(candidate, tokens, model.logits(tokens), reference)
+            print(f"window {i} of {arguments.windows}", file=sys.stderr)
     results = [summarize(candidate) for candidate in candidates]
     pairs = zip(arguments.recipe, candidates[1::2], candidates[2::2], strict=True)
     differences = [compare(*pair) for pair in pairs]

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from sq_stream.kernels.floats import FP16_MAX, fp16_nearest
-from sq_stream.kernels.trials import TRIALS, extremes, lowest, reciprocal, signed_peak, try_grids
+from sq_stream.kernels.trials import TRIALS, extremes, lowest, reciprocal, signed_peak
 
 BLOCK = 32
 X_MAX = np.float32(FP16_MAX * 32)  # beyond all that can be stored
@@ -87,12 +87,28 @@ def search_affine(x, weights, d, m):
 def _best_trial(x, w, inverses, offsets, errors):
     """Index of the best trial; errors [TRIALS] are set to the trials', in units of w·x²."""
     errors[:] = _ZERO
-    try_grids(x[:16], w[:16], inverses, offsets, _ZERO, _HIGHEST, errors)
-    try_grids(x[16:], w[16:], inverses, offsets, _ZERO, _HIGHEST, errors)
+    _try_grids(x[:16], w[:16], inverses, offsets, errors)
+    _try_grids(x[16:], w[16:], inverses, offsets, errors)
     for k in range(TRIALS):
         step = reciprocal(inverses[k])
         errors[k] *= step * step
     return lowest(errors)
+
+
+@_leaf
+def _try_grids(x, w, inverses, offsets, errors):
+    """Add to errors [TRIALS] those of x [16], weighted by w [16], coded as x·inverses + offsets, in code units."""
+    for k in range(TRIALS):
+        inverse, offset = inverses[k], offsets[k]
+        front = back = _ZERO
+        for i in range(8):
+            u = x[i] * inverse + offset
+            rest = u - min(max(np.rint(u), _ZERO), _HIGHEST)
+            front += w[i] * (rest * rest)
+            u = x[8 + i] * inverse + offset
+            rest = u - min(max(np.rint(u), _ZERO), _HIGHEST)
+            back += w[8 + i] * (rest * rest)
+        errors[k] += front + back
 
 
 @_leaf

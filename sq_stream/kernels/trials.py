@@ -113,19 +113,3 @@ def _try_levels(x, inverse_peak, levels, cost, highest, errors):
 def _squared_rest(u, highest):
     rest = u - min(np.rint(u), highest)
     return rest * rest
-
-
-@_leaf
-def try_grids(x, w, inverses, offsets, lowest_code, highest_code, errors):
-    """Add to errors [TRIALS] those of x [16], weighted by w [16], coded as x·inverses + offsets, in code units."""
-    for k in range(TRIALS):
-        inverse, offset = inverses[k], offsets[k]
-        front = back = _ZERO
-        for i in range(8):
-            u = x[i] * inverse + offset
-            rest = u - min(max(np.rint(u), lowest_code), highest_code)
-            front += w[i] * (rest * rest)
-            u = x[8 + i] * inverse + offset
-            rest = u - min(max(np.rint(u), lowest_code), highest_code)
-            back += w[8 + i] * (rest * rest)
-        errors[k] += front + back
