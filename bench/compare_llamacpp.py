@@ -2,9 +2,11 @@
 
     python bench/compare_llamacpp.py MODEL_DIR --text wikitext2-test.txt --report docs/comparison
 
-For each recipe there are two files with the same block type for every tensor: ours, and one whose quantized tensors
-are what llama.cpp's `ggml_quantize_chunk` makes of the same BF16 weights. llama.cpp computes all logits, those of the
-BF16 file being the reference. KL divergence is in nats per token, over every position of every window.
+For each recipe there are four files with the same block type for every tensor: ours at `--effort fast` and `balanced`,
+and two whose quantized tensors are what llama.cpp's `ggml_quantize_chunk` makes of the same BF16 weights, without and
+with an importance matrix collected on the tokens that ours was calibrated on (as llama.cpp does it: none for the token
+embedding). llama.cpp computes all logits, those of the BF16 file being the reference. KL divergence is in nats per
+token, over every position of every window.
 """
 
 from __future__ import annotations
@@ -67,24 +69,23 @@ class Result:
 class Difference:
     """Mean KL of our file minus that of llama.cpp's with the same types, window by window."""
 
-    recipe: str
+    pair: str
     mean_kl: float
     interval: tuple[float, float]
     ratio: float
 
 
-def quantize(model_dir: Path, output: Path, recipe: str, max_ram: str) -> dict[str, float]:
-    """Quantize with our command line (`recipe` may end in -pure); seconds and peak MiB."""
-    options = ["--type", recipe.removesuffix("-pure"), *(["--pure"] if recipe.endswith("-pure") else [])]
-    command = [sys.executable, "-m", "sq_stream", "quantize", str(model_dir), "-o", str(output), *options]
-    run = run_measured([*command, "--max-ram", max_ram, "--overwrite", "--log-format", "plain"])
+def sq_stream(*arguments: object) -> dict[str, float]:
+    """Run our command line; seconds and peak MiB."""
+    run = run_measured([sys.executable, "-m", "sq_stream", *map(str, arguments), "--log-format", "plain"])
     if run.exit_code:
         raise SystemExit(f"sq-stream ended with exit code {run.exit_code}:\n{run.log}")
     return {"seconds": run.seconds, "peak_mib": run.peak_bytes / MIB}
 
 
-def requantize(reference: Path, ours: Path, output: Path) -> None:
+def requantize(reference: Path, ours: Path, output: Path, imatrix: Path | None = None) -> None:
     """Copy our file and let llama.cpp quantize its tensors, of the same types, from the BF16 reference."""
+    sums = {} if imatrix is None else {t.name: t.data for t in gguf.GGUFReader(imatrix).tensors}
     shutil.copyfile(ours, output)
     source = {tensor.name: tensor for tensor in gguf.GGUFReader(reference).tensors}
     for tensor in gguf.GGUFReader(output, "r+").tensors:
@@ -93,9 +94,11 @@ def requantize(reference: Path, ours: Path, output: Path) -> None:
             continue
         bf16 = source[tensor.name].data.view(np.uint16)  # [n_out, n_in]
         step = max(1, ROWS_AT_ONCE // bf16.shape[-1])
+        known = tensor.name.startswith("blk.") and f"{tensor.name}.in_sum2" in sums
+        importance = sums[f"{tensor.name}.in_sum2"].reshape(-1).astype(np.float32) if known else None
         for start in range(0, len(bf16), step):
             weights = (bf16[start : start + step].astype(np.uint32) << 16).view(np.float32)
-            tensor.data[start : start + step] = ggml_encode(weights, block_type)
+            tensor.data[start : start + step] = ggml_encode(weights, block_type, importance)
         tensor.data.flush()
 
 
@@ -154,9 +157,11 @@ def summarize(candidate: Candidate) -> Result:
     )
 
 
-def compare(recipe: str, ours: Candidate, theirs: Candidate) -> Difference:
+def compare(ours: Candidate, theirs: Candidate) -> Difference:
     a, b = (np.array([window.mean() for window in candidate.kl]) for candidate in (ours, theirs))
-    return Difference(recipe, float((a - b).mean()), interval(a - b), float(a.mean() / b.mean()))
+    return Difference(
+        f"{ours.name} against {theirs.name}", float((a - b).mean()), interval(a - b), float(a.mean() / b.mean())
+    )
 
 
 def to_markdown(results: Sequence[Result], differences: Sequence[Difference]) -> str:
@@ -173,29 +178,43 @@ def to_markdown(results: Sequence[Result], differences: Sequence[Difference]) ->
     lines.append("")
     for d in differences:
         low, high = d.interval
-        lines.append(
-            f"- {d.recipe}: mean KL of sq-stream minus llama.cpp {d.mean_kl:+.4f} "
-            f"(95%: {low:+.4f} to {high:+.4f}), ratio {d.ratio:.3f}"
-        )
+        lines.append(f"- {d.pair}: mean KL {d.mean_kl:+.4f} (95%: {low:+.4f} to {high:+.4f}), ratio {d.ratio:.3f}")
     return "\n".join(lines) + "\n"
 
 
-def make_files(model_dir: Path, folder: Path, recipes: Sequence[str], max_ram: str) -> tuple[list[Candidate], dict]:
+def make_files(arguments: argparse.Namespace, folder: Path) -> tuple[list[Candidate], dict]:
     """The BF16 file first, then for each recipe ours and llama.cpp's."""
     folder.mkdir(parents=True, exist_ok=True)
-    reference = folder / "bf16.gguf"
-    costs = {"bf16": quantize(model_dir, reference, "bf16", max_ram)}
+    model_dir, reference, imatrix = arguments.model_dir, folder / "bf16.gguf", folder / "imatrix.gguf"
+    limits = ["--max-ram", arguments.max_ram]
+    text = ["--windows", arguments.calib_windows, "--cache", folder / "cache"]
+
+    def quantize(output: Path, *options: object) -> dict[str, float]:
+        return sq_stream("quantize", model_dir, "-o", output, "--overwrite", *limits, *options)
+
+    costs = {
+        "bf16": quantize(reference, "--type", "bf16", "--effort", "fast"),
+        "calibrate": sq_stream("calibrate", model_dir, *limits, *text, "--imatrix-out", imatrix),
+    }
     candidates = [Candidate("BF16", reference)]
-    for recipe in recipes:
-        ours, theirs = folder / f"{recipe}.gguf", folder / f"{recipe}-llamacpp.gguf"
-        costs[recipe] = quantize(model_dir, ours, recipe, max_ram)
-        requantize(reference, ours, theirs)
-        candidates += [Candidate(f"{recipe}, sq-stream", ours), Candidate(f"{recipe}, llama.cpp", theirs)]
+    for recipe in arguments.recipe:
+        options = ["--type", recipe.removesuffix("-pure"), *(["--pure"] if recipe.endswith("-pure") else [])]
+        files = {name: folder / f"{recipe}-{name}.gguf" for name in ("fast", "balanced", "llamacpp", "imatrix")}
+        costs[f"{recipe}, fast"] = quantize(files["fast"], *options, "--effort", "fast")
+        costs[f"{recipe}, balanced"] = quantize(files["balanced"], *options, *text)
+        requantize(reference, files["fast"], files["llamacpp"])
+        requantize(reference, files["fast"], files["imatrix"], imatrix)
+        candidates += [
+            Candidate(f"{recipe}, sq-stream fast", files["fast"]),
+            Candidate(f"{recipe}, sq-stream balanced", files["balanced"]),
+            Candidate(f"{recipe}, llama.cpp", files["llamacpp"]),
+            Candidate(f"{recipe}, llama.cpp + imatrix", files["imatrix"]),
+        ]
     return candidates, costs
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> tuple[str, dict]:
-    candidates, costs = make_files(arguments.model_dir, folder, arguments.recipe, arguments.max_ram)
+    candidates, costs = make_files(arguments, folder)
     with ExitStack() as stack:
         models = [
             stack.enter_context(LlamaModel(c.path, n_ctx=arguments.ctx, n_batch=256, n_threads=arguments.threads))
@@ -209,13 +228,19 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[str, dict]:
                 measure(candidate, tokens, model.logits(tokens), reference)
             print(f"window {i} of {arguments.windows}", file=sys.stderr)
     results = [summarize(candidate) for candidate in candidates]
-    pairs = zip(arguments.recipe, candidates[1::2], candidates[2::2], strict=True)
+    groups = [candidates[i : i + 4] for i in range(1, len(candidates), 4)]
+    pairs = [
+        pair
+        for fast, balanced, plain, imatrix in groups
+        for pair in ((fast, plain), (balanced, plain), (balanced, imatrix))
+    ]
     differences = [compare(*pair) for pair in pairs]
     report = {
         "model": arguments.model_dir.name,
         "text": arguments.text.name,
         "windows": arguments.windows,
         "ctx": arguments.ctx,
+        "calib_windows": arguments.calib_windows,
         "max_ram": arguments.max_ram,
         "files": [asdict(result) for result in results],
         "differences": [asdict(difference) for difference in differences],
@@ -231,7 +256,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--ctx", type=int, default=256, help="tokens of a window")
     parser.add_argument("--recipe", action="append", metavar="TYPE[-pure]", help="default: q4_k_m and q4_k_m-pure")
-    parser.add_argument("--max-ram", default="512M")
+    parser.add_argument("--calib-windows", type=int, default=360, help="of 512 tokens")
+    parser.add_argument("--max-ram", default="1G")
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
     parser.add_argument("--folder", type=Path, help="keep the GGUF files here")
     parser.add_argument("--report", type=Path, metavar="STEM", help="write STEM.md and STEM.json")
