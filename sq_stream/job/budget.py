@@ -14,17 +14,18 @@ from sq_stream.units import format_size
 
 MIB = 2**20
 
-# Resident bytes before any tile: interpreter, NumPy, Numba with its compiled kernels, tokenizers (bench/memory.py).
+# Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba while it compiles the kernels. Measured as
+# the peak memory that `quantize` states for a small model with an empty NUMBA_CACHE_DIR.
 FIXED_BYTES = 320 * MIB
-# Resident bytes for one weight of the tile in work: its mapped source (up to 4), the float32 tile and one copy where
-# rows are reordered or transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
+# Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
+# transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
 BYTES_PER_WEIGHT = 20
 # A larger tile encodes no faster.
 MOST_TILE_WEIGHTS = 4 * MIB
-# Resident bytes for one byte of tokenizer.json or of GGUF metadata while the vocabulary is read (bench/memory.py).
+# Resident bytes for one byte of the tokenizer's files while the vocabulary is read.
 BYTES_PER_VOCABULARY_BYTE = 12
 
-# Weights encoded per second by one core of a 2025 server, rounded down (bench/kernels.py); only for the estimate.
+# Weights encoded per second by one core of a 2025 server, rounded down (bench/encoders.py); only for the estimate.
 WEIGHTS_PER_SECOND = {
     "Q4_K": 15e6,
     "Q5_K": 12e6,
