@@ -1,9 +1,9 @@
 """Train the small language model that ships with sq-stream (sq_stream/demo/model).
 
-Qwen3.5 architecture, 3.9M parameters, byte-level BPE of 4096 tokens with Qwen3.5's pre-tokenizer. The chapters that
-begin in about the last 5% of each book are held out. Needs `pip install torch transformers`; the package does not.
+Qwen3.5 architecture, 3.9M parameters, byte-level BPE of 4096 tokens with Qwen3.5's pre-tokenizer. The chapters from
+the heading nearest to 95% of each book on are held out. Needs `pip install torch transformers`; the package does not.
 
-    python bench/train_demo_model.py --out DIR --steps 1600 BOOK.txt ...
+    python bench/train_demo_model.py --out DIR --steps 1300 BOOK.txt ...
 
 The same text, settings and number of threads give the same weights, however often the run was stopped and resumed.
 """
@@ -127,7 +127,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

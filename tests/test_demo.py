@@ -62,7 +62,7 @@ def test_it_is_small_and_fits_k_quants(model):
 
 
 def test_its_card_says_where_it_comes_from():
-    card = (model_folder() / "MODEL_CARD.md").read_text(encoding="utf-8")
+    card = (model_folder() / "README.md").read_text(encoding="utf-8")
     for part in ("public domain", "Apache-2.0", "bench/train_demo_model.py", "nats/token", "bits per byte"):
         assert part in card
 

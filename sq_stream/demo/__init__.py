@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def model_folder() -> Path:
-    """The checkpoint: config.json, model.safetensors (BF16), tokenizer; MODEL_CARD.md says where it comes from."""
+    """The checkpoint: config.json, model.safetensors (BF16), tokenizer; README.md says where it comes from."""
     return Path(__file__).parent / "model"

@@ -32,7 +32,7 @@ MOST_TILE_WEIGHTS = 4 * MIB
 # Resident bytes for one byte of the tokenizer's files while the vocabulary is read.
 BYTES_PER_VOCABULARY_BYTE = 12
 
-# Weights encoded per second by one core of a 2025 server, rounded down (bench/kernels.py); only for the estimate.
+# Weights encoded per second by one core of a 2025 server, rounded down (bench/encoders.py); only for the estimate.
 WEIGHTS_PER_SECOND = {
     "Q4_K": 15e6,
     "Q5_K": 12e6,

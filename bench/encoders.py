@@ -1,6 +1,6 @@
 """Hold our encoders against llama.cpp's `ggml_quantize_chunk`: squared error per tensor, speed, scaling with threads.
 
-    python bench/kernels.py MODEL_DIR --types Q4_K Q6_K --threads 2
+    python bench/encoders.py MODEL_DIR --types Q4_K Q6_K --threads 2
 
 Errors are ours divided by ggml's on the same rows, Σ over a group of tensors, and that of the group's worst tensor:
 `plain` without importance, `weighted` with a random log-normal importance per column, the same for both, for K-quants.
