@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,13 @@ def _measure(decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def make_budget(
-    layers: Sequence[Layer], windows: tuple[int, ...], n_embd: int, *, max_ram: int, threads: int
+    layers: Sequence[Layer],
+    windows: tuple[int, ...],
+    n_embd: int,
+    *,
+    max_ram: int,
+    threads: int,
+    exact_up_to: int | None = None,
 ) -> Budget:
     """The most accurate way to run within `max_ram` bytes, and of those the fastest.
 
@@ -104,6 +111,7 @@ def make_budget(
         n_embd: values of the residual stream.
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
+        exact_up_to: the widest site that may be exact; None: any.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
@@ -113,14 +121,14 @@ def make_budget(
     peak_disk = 2 * 4 * n_windows * n_ctx * n_embd + sum(
         _file_bytes(width) for layer in layers for _, width in layer.sites
     )
-    smallest = 0
-    for ranks in _rank_choices(layers, n_embd):
+    smallest = sys.maxsize
+    for ranks in _rank_choices(layers, n_embd, exact_up_to):
         for n_threads in range(threads, 0, -1):
             for resident in (True, False):
                 peak = _peak(layers, ranks, n_threads, resident, batch_tokens, n_ctx, n_embd)
                 if peak <= max_ram:
                     return Budget(n_threads, resident, ranks, peak, peak_disk)
-        smallest = peak
+                smallest = min(smallest, peak)
     raise DoesNotFitError(
         f"--max-ram {format_size(max_ram)} is too small to calibrate this model with windows of {n_ctx} tokens: "
         f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
@@ -132,11 +140,13 @@ def windows_per_batch(n_ctx: int) -> int:
     return max(1, BATCH_TOKENS // n_ctx)
 
 
-def _rank_choices(layers: Sequence[Layer], n_embd: int) -> Iterator[dict[int, int]]:
+def _rank_choices(layers: Sequence[Layer], n_embd: int, exact_up_to: int | None) -> Iterator[dict[int, int]]:
     """From all sites exact to all of them narrow sketches, the widest giving way first."""
     widths = sorted({n_embd} | {width for layer in layers for _, width in layer.sites}, reverse=True)
-    yield {}
-    for n_sketched in range(1, len(widths) + 1):
+    too_wide = 0 if exact_up_to is None else sum(width > exact_up_to for width in widths)
+    if not too_wide:
+        yield {}
+    for n_sketched in range(max(too_wide, 1), len(widths) + 1):
         for rank in RANKS:
             ranks = {width: rank for width in widths[:n_sketched] if 2 * rank < width}
             if ranks:

@@ -35,6 +35,7 @@ def calibrate(
     max_ram: int,
     threads: int,
     energy: float = 1.0,
+    exact_up_to: int | None = None,
     on_event: OnEvent = ignore,
 ) -> Sketches:
     """The statistics of every linear of a model on a text; computed only if the store does not have them.
@@ -50,6 +51,7 @@ def calibrate(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
         energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
+        exact_up_to: the widest site whose statistics may be exact, wider ones are sketched; None: as memory allows.
         on_event: told of the progress.
 
     Raises:
@@ -63,7 +65,9 @@ def calibrate(
     _check_windows(windows, reader.n_vocab)
     decoder = find_decoder(spec.arch, spec.metadata)
     layers = measure_layers(decoder, reader)
-    budget = make_budget(layers, windows.shape, reader.n_embd, max_ram=max_ram, threads=threads)
+    budget = make_budget(
+        layers, windows.shape, reader.n_embd, max_ram=max_ram, threads=threads, exact_up_to=exact_up_to
+    )
     exact, planned = (_identity(checkpoint, windows, energy, ranks) for ranks in ({}, budget.ranks))
     about = {"model": checkpoint.folder.resolve().name, "n_tokens": windows.size}
     entry = store.open(exact if store.has(exact) else planned, about, decoder.n_layer + 1, on_event)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.atomic import atomic_write
@@ -88,15 +90,14 @@ class Factored:
     diagonal: Array  # [n_in], zero where a channel is dead
     panels: list[Array]
 
+    @property
+    def rank(self) -> int:
+        """Rows of S."""
+        return max((len(panel) for panel in self.panels), default=0)
+
     def sketch(self) -> Sketch:
         """The sketch itself."""
-        live = self.diagonal > 0
-        factor = np.zeros((max((len(p) for p in self.panels), default=0), len(live)), np.float32)
-        columns, start = np.flatnonzero(live), 0
-        for panel in self.panels:
-            factor[: len(panel), columns[start : start + panel.shape[1]]] = panel
-            start += panel.shape[1]
-        return Sketch.with_diagonal(self.diagonal, factor, self.n_tokens)
+        return _assemble(self.n_tokens, self.diagonal, self.rank, self.panels)
 
 
 def write_sketch(path: Path, factored: Factored) -> int:
@@ -112,6 +113,7 @@ def write_sketch(path: Path, factored: Factored) -> int:
     header = {
         "n_tokens": factored.n_tokens,
         "n_in": len(factored.diagonal),
+        "rank": factored.rank,
         "panels": [panel.shape for panel in factored.panels],
         "frames": [len(frame) for frame in frames],
     }
@@ -138,10 +140,20 @@ def read_sketch(path: Path) -> Sketch:
         if line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             raise BadInputError(f"{path} is damaged: the checksum of its header is wrong")
         header = json.loads(line[9:])
-        frames = iter([file.read(size) for size in header["frames"]])
-    diagonal = decompress(next(frames), np.float32, (header["n_in"],), str(path))
-    panels = []
-    for rank, width in header["panels"]:
-        scale = decompress(next(frames), np.float32, (width,), str(path))
-        panels.append(decompress(next(frames), np.int16, (rank, width), str(path)) * scale)
-    return Factored(header["n_tokens"], diagonal, panels).sketch()
+        sizes = iter(header["frames"])
+
+        def frame(dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+            return decompress(file.read(next(sizes)), dtype, shape, str(path))
+
+        diagonal = frame(np.float32, header["n_in"])
+        panels = (frame(np.float32, width) * frame(np.int16, rank, width) for rank, width in header["panels"])
+        return _assemble(header["n_tokens"], diagonal, header["rank"], panels)
+
+
+def _assemble(n_tokens: int, diagonal: Array, rank: int, panels: Iterable[Array]) -> Sketch:
+    factor = np.zeros((rank, len(diagonal)), np.float32)
+    live, start = np.flatnonzero(diagonal), 0
+    for panel in panels:
+        factor[: len(panel), live[start : start + panel.shape[1]]] = panel
+        start += panel.shape[1]
+    return Sketch.with_diagonal(diagonal, factor, n_tokens)
