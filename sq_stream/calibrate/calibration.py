@@ -70,7 +70,8 @@ def calibrate(
     )
     exact, planned = (_identity(checkpoint, windows, energy, ranks) for ranks in ({}, budget.ranks))
     about = {"model": checkpoint.folder.resolve().name, "n_tokens": windows.size}
-    entry = store.open(exact if store.has(exact) else planned, about, decoder.n_layer + 1, on_event)
+    found = exact_up_to is None and store.has(exact)
+    entry = store.open(exact if found else planned, about, decoder.n_layer + 1, on_event)
     try:
         if not entry.complete:
             _check_disk(store, budget)

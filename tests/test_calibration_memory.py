@@ -1,0 +1,46 @@
+"""Peak memory of calibrating a real checkpoint.
+
+SQ_REFERENCE_MODEL names the checkpoint folder (several: separated by the system's path separator).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from oracles.peak import run_measured
+
+MODELS = [Path(part) for part in os.environ.get("SQ_REFERENCE_MODEL", "").split(os.pathsep) if part]
+CALIBRATE = """
+import sys
+from pathlib import Path
+import numpy as np
+from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.store import Store
+from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.models import find
+
+folder, cache, max_ram = sys.argv[1:]
+with Checkpoint.open(Path(folder)) as checkpoint:
+    spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes)
+    n_vocab = next(t.n_rows for t in spec.tensors if t.name == "token_embd.weight")
+    windows = np.random.RandomState(0).randint(0, n_vocab, (24, 512)).astype(np.int32)
+    with calibrate(checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2) as sketches:
+        assert not sketches.unseen
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not MODELS, reason="SQ_REFERENCE_MODEL names no checkpoint folder"),
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it"),
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("max_ram", [600 * 2**20, 2**30], ids=["600M", "1G"])
+def test_calibration_keeps_to_its_memory(model: Path, max_ram: int, tmp_path: Path) -> None:
+    run = run_measured([sys.executable, "-c", CALIBRATE, str(model), str(tmp_path), str(max_ram)])
+    assert run.exit_code == 0, run.log
+    assert run.peak_bytes <= max_ram, f"peak of {run.peak_bytes / 2**20:.1f} MiB"
