@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sq_stream.calibrate.imatrix import export_imatrix
-from sq_stream.errors import BadInputError
+from sq_stream.errors import BadInputError, UsageError
 from sq_stream.events import Finished, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, make_plan
 from sq_stream.job.run import run
-from sq_stream.job.settings import DEFAULT_MAX_RAM, parse_settings
+from sq_stream.job.settings import DEFAULT_MAX_RAM, Options, parse_settings
 from sq_stream.job.statistics import gather
 from sq_stream.job.summary import CheckpointSummary, GGUFSummary, summarize_checkpoint, summarize_gguf
 from sq_stream.job.verify import TensorCheck, verify_file
 from sq_stream.units import parse_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PathLike = str | os.PathLike[str]
 
@@ -38,40 +41,30 @@ __all__ = [
 ]
 
 
-def plan(
-    model_dir: PathLike, output: PathLike | None = None, *, max_ram: int | str = DEFAULT_MAX_RAM, **options: Any
-) -> Plan:
+def plan(model_dir: PathLike, output: PathLike | None = None, **options: Unpack[Options]) -> Plan:
     """Plan a quantization from headers alone; nothing is written.
 
     Args:
         model_dir: folder with config.json, *.safetensors and a tokenizer.
         output: the GGUF file to write; by default NAME-Q4_K_M.gguf in the current folder.
-        max_ram: most resident memory at the peak, in bytes or as text ("4G").
-        options: `recipe`, `pure`, `tensor_types`, `effort`, `mtp`, `pre`, `calib`, `calib_extend`, `ctx`,
-            `windows`, `imatrix`, `cache`, `threads`, `overwrite`, `fresh`: see
-            `sq_stream.job.settings.parse_settings`.
+        options: the command line's, as `recipe`, `pure`, `effort`, `max_ram` (bytes, or text as "4G"), `threads`: all
+            are listed in `sq_stream.job.settings.Options`.
 
     Raises:
         SqStreamError: the job cannot be done; the class says why.
     """
-    bytes_ = parse_size(max_ram) if isinstance(max_ram, str) else max_ram
-    return make_plan(parse_settings(model_dir, output, max_ram=bytes_, **options))
+    return make_plan(parse_settings(model_dir, output, **options))
 
 
 def quantize(
-    model_dir: PathLike,
-    output: PathLike | None = None,
-    *,
-    max_ram: int | str = DEFAULT_MAX_RAM,
-    on_event: OnEvent = ignore,
-    **options: Any,
+    model_dir: PathLike, output: PathLike | None = None, *, on_event: OnEvent = ignore, **options: Unpack[Options]
 ) -> Finished:
     """Quantize a checkpoint into a GGUF file; takes what `plan` takes, and resumes what was interrupted.
 
     Raises:
         SqStreamError: the job cannot be done or was stopped; nothing that looks finished is left behind.
     """
-    job = plan(model_dir, output, max_ram=max_ram, **options)
+    job = plan(model_dir, output, **options)
     with job.checkpoint:
         return run(job, on_event)
 
@@ -79,26 +72,25 @@ def quantize(
 def calibrate(
     model_dir: PathLike,
     *,
-    max_ram: int | str = DEFAULT_MAX_RAM,
     imatrix_out: PathLike | None = None,
     on_event: OnEvent = ignore,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> None:
     """Gather the statistics that `quantize` uses and keep them in the cache.
 
     Args:
         model_dir: as for `quantize`.
-        max_ram: as for `quantize`.
-        on_event: as for `quantize`.
         imatrix_out: also write them here as a GGUF importance matrix.
-        options: `calib`, `calib_extend`, `ctx`, `windows`, `cache`, `threads`: see `parse_settings`.
+        on_event: as for `quantize`.
+        options: those of `quantize` that say what text to use, where to keep the result, and with what memory and
+            threads.
 
     Raises:
         SqStreamError: it cannot be done or was stopped; finished layers are kept.
     """
-    job = plan(model_dir, max_ram=max_ram, effort="balanced", **options)
-    assert job.statistics is not None
-    assert job.statistics.windows is not None
+    job = plan(model_dir, **options)
+    if job.statistics is None or job.statistics.windows is None:
+        raise UsageError("there is nothing to calibrate with --effort fast or --imatrix")
     with job.checkpoint, gather(job.statistics, job.settings, job.checkpoint, job.spec, on_event) as sketches:
         if imatrix_out is not None:
             n_windows, n_ctx = job.statistics.windows.shape

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sq_stream.errors import UsageError
+from sq_stream.units import parse_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 EFFORTS = ("fast", "balanced", "best")
 DEFAULT_EFFORT = "balanced"
+DEFAULT_RECIPE = "q4_k_m"
 DEFAULT_MAX_RAM = 4 * 2**30
 DEFAULT_CTX = 512
 DEFAULT_WINDOWS = 360
@@ -22,7 +28,7 @@ class Settings:
 
     model_dir: Path
     output: Path
-    recipe: str = "q4_k_m"
+    recipe: str = DEFAULT_RECIPE
     pure: bool = False
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE, in order
     effort: str = DEFAULT_EFFORT
@@ -51,63 +57,62 @@ class Settings:
         }
 
 
+class Options(TypedDict, total=False):
+    """The options that `quantize` and `plan` take, as keywords; what they mean is said at `Settings`."""
+
+    recipe: str
+    pure: bool
+    tensor_types: Sequence[str]
+    effort: str
+    mtp: bool
+    pre: str | None
+    calib: Sequence[str | os.PathLike[str]]
+    calib_extend: bool
+    ctx: int
+    windows: int
+    imatrix: str | os.PathLike[str] | None
+    cache: str | os.PathLike[str] | None
+    max_ram: int | str
+    threads: int | None
+    overwrite: bool
+    fresh: bool
+
+
 def parse_settings(
-    model_dir: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
-    *,
-    recipe: str = "q4_k_m",
-    pure: bool = False,
-    tensor_types: Sequence[str] = (),
-    effort: str = DEFAULT_EFFORT,
-    mtp: bool = False,
-    pre: str | None = None,
-    calib: Sequence[str | os.PathLike[str]] = (),
-    calib_extend: bool = False,
-    ctx: int = DEFAULT_CTX,
-    windows: int = DEFAULT_WINDOWS,
-    imatrix: str | os.PathLike[str] | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    max_ram: int = DEFAULT_MAX_RAM,
-    threads: int | None = None,
-    overwrite: bool = False,
-    fresh: bool = False,
+    model_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, **options: Unpack[Options]
 ) -> Settings:
     """Fill in the defaults and refuse what cannot be meant; the arguments are the fields of `Settings`.
 
     Raises:
         UsageError: options contradict each other, or one names what does not exist or is not there.
     """
-    if effort not in EFFORTS:
-        raise UsageError(f"--effort {effort!r} is not one of {', '.join(EFFORTS)}")
-    if effort == "best":
-        raise UsageError("--effort best is not available in this version: use --effort balanced")
-    if effort == "fast" and (calib or imatrix):
-        raise UsageError("--effort fast looks at the weights alone: leave out --calib and --imatrix, or the effort")
-    if calib and imatrix:
-        raise UsageError("--imatrix takes the place of a calibration: leave out --calib, or --imatrix")
-    if calib_extend and not calib:
-        raise UsageError("--calib-extend adds the files of --calib to the packaged text: name them with --calib")
     folder = Path(model_dir)
-    return Settings(
-        model_dir=folder,
-        output=Path(output) if output is not None else default_output(folder, recipe, pure=pure),
-        recipe=recipe,
-        pure=pure,
-        tensor_types=tuple(tensor_types),
-        effort=effort,
-        mtp=mtp,
-        pre=pre,
-        calib=tuple(map(Path, calib)),
-        calib_extend=calib_extend,
-        ctx=ctx,
-        windows=windows,
-        imatrix=None if imatrix is None else Path(imatrix),
-        cache=None if cache is None else Path(cache),
-        max_ram=max_ram,
-        threads=parse_threads(threads),
-        overwrite=overwrite,
-        fresh=fresh,
-    )
+    imatrix, cache, max_ram = options.get("imatrix"), options.get("cache"), options.get("max_ram", DEFAULT_MAX_RAM)
+    given: dict[str, Any] = {
+        **options,
+        "tensor_types": tuple(options.get("tensor_types", ())),
+        "calib": tuple(map(Path, options.get("calib", ()))),
+        "imatrix": None if imatrix is None else Path(imatrix),
+        "cache": None if cache is None else Path(cache),
+        "max_ram": parse_size(max_ram) if isinstance(max_ram, str) else max_ram,
+        "threads": parse_threads(options.get("threads")),
+    }
+    settings = Settings(folder, Path(output or default_output(folder, given)), **given)
+    _refuse_contradictions(settings)
+    return settings
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    if settings.effort not in EFFORTS:
+        raise UsageError(f"--effort {settings.effort!r} is not one of {', '.join(EFFORTS)}")
+    if settings.effort == "best":
+        raise UsageError("--effort best is not available in this version: use --effort balanced")
+    if settings.effort == "fast" and (settings.calib or settings.imatrix):
+        raise UsageError("--effort fast looks at the weights alone: leave out --calib and --imatrix, or the effort")
+    if settings.calib and settings.imatrix:
+        raise UsageError("--imatrix takes the place of a calibration: leave out --calib, or --imatrix")
+    if settings.calib_extend and not settings.calib:
+        raise UsageError("--calib-extend adds the files of --calib to the packaged text: name them with --calib")
 
 
 def parse_threads(threads: int | None) -> int:
@@ -124,7 +129,7 @@ def parse_threads(threads: int | None) -> int:
     return threads
 
 
-def default_output(model_dir: Path, recipe: str, *, pure: bool = False) -> Path:
+def default_output(model_dir: Path, options: Mapping[str, Any]) -> Path:
     """`NAME-Q4_K_M.gguf` (or `NAME-Q4_K_M-pure.gguf`) in the current folder."""
-    name = model_dir.resolve().name or "model"
-    return Path(f"{name}-{recipe.upper()}{'-pure' if pure else ''}.gguf")
+    recipe = str(options.get("recipe", DEFAULT_RECIPE)).upper()
+    return Path(f"{model_dir.resolve().name or 'model'}-{recipe}{'-pure' if options.get('pure') else ''}.gguf")
