@@ -33,7 +33,18 @@ pytestmark = [
 
 
 def quantize(model: Path, output: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "sq_stream", "quantize", str(model), "-o", str(output), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "sq_stream",
+        "quantize",
+        str(model),
+        "-o",
+        str(output),
+        "--effort",
+        "fast",
+        *options,
+    ]
     run = run_measured([*command, "--max-ram", "512M", "--log-format", "plain"])
     assert run.exit_code == 0, run.log
     assert run.peak_bytes <= MAX_RAM, f"peak of {run.peak_bytes / 2**20:.1f} MiB\n{run.log}"

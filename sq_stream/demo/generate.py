@@ -33,7 +33,7 @@ def generate(
         top_k: how many of the likeliest tokens are sampled from.
 
     Raises:
-        UnsupportedModelError: `gguf` is of another architecture.
+        UnsupportedModelError: the architecture of `gguf` has no forward pass.
         BadInputError: `gguf` is not a sound GGUF file.
         StorageError: reading fails.
     """
