@@ -150,7 +150,7 @@ def describe(event: Event) -> str:
     if isinstance(event, Note):
         return event.text
     if isinstance(event, StageStarted):
-        return f"{event.stage}: {event.total / 1e6:.1f} M {event.unit}"
+        return f"{event.stage}: {event.total:,} {event.unit}"
     if isinstance(event, TensorFinished):
         return f"  {event.name}: {event.type}, {format_size(event.n_bytes)}"
     if isinstance(event, Finished):
