@@ -51,7 +51,7 @@ class Shaper:
     def __init__(
         self, residual: Array, factor: Array, block_type: BlockType, workers: Workers, *, dense: bool = True
     ) -> None:
-        self._type, self._workers = block_type, workers
+        self._type = block_type
         diagonal = residual + np.einsum("ij,ij->j", factor, factor)
         mean = float(diagonal.mean()) or 1.0
         residual, factor = residual / mean + np.float32(DAMPING), factor / np.float32(mean**0.5)
