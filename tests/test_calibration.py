@@ -377,7 +377,7 @@ def test_exact_sketches_are_used_where_only_narrow_ones_would_fit(open_model, tm
 
 def test_sketches_of_one_site_are_read_once(open_model, tmp_path):
     with calibrate(*open_model("llama"), WINDOWS, Store(tmp_path), **OPTIONS) as sketches:
-        assert sketches["blk.0.attn_q.weight"] is sketches["blk.0.attn_v.weight"]
+        assert sketches["blk.0.attn_q.weight"] is sketches["blk.0.attn_k.weight"]
         assert isinstance(sketches["blk.0.ffn_down.weight"], Sketch)
         with pytest.raises(KeyError):
             sketches["blk.0.attn_norm.weight"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sq_stream.errors import UnsupportedModelError
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models import layers
+from sq_stream.models.attention import causal_attention
 from sq_stream.models.forward import find_decoder, forward, head_name, layer_names
 from sq_stream.models.rotary import Rotary
 
@@ -156,13 +157,36 @@ def test_attention_in_tiles_is_plain_attention(n_tok, heads, window, seed):
     random = np.random.RandomState(seed)
     q, k, v = (random.standard_normal((n_tok, n, 4)).astype(np.float32) for n in (heads[0], heads[1], heads[1]))
     scale = 1.0 if seed % 2 else None
-    out = layers.causal_attention(q, k, v, scale=scale, window=window)
+    out = causal_attention(q, k, v, scale=scale, window=window)
     np.testing.assert_allclose(out, plain_attention(q, k, v, scale or 0.5, window), atol=1e-5)
+
+
+@given(
+    n_tok=st.integers(1, 300),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
+    window=st.sampled_from([None, 7, 150]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_head_puts_out_the_values_of_its_mixture_of_inputs(n_tok, heads, window, seed):
+    random = np.random.RandomState(seed)
+    q, k = (random.standard_normal((2, n_tok, n, 4)).astype(np.float32) for n in heads)
+    x = random.standard_normal((2, n_tok, 5)).astype(np.float32)
+    attn_v = random.standard_normal((heads[1] * 4, 5)).astype(np.float32)
+    seen = {}
+    out = causal_attention(
+        q, k, (x @ attn_v.T).reshape(k.shape), window=window, inputs=x, observe=lambda site, x: seen.update({site: x})
+    )
+    (mixtures,) = seen.values()
+    assert seen.keys() == {("attn_v",)} and mixtures.shape == x.shape
+    values = (mixtures @ attn_v.T).reshape(k.shape).repeat(heads[0] // heads[1], axis=-2)  # of every query head
+    for token in range(n_tok):
+        head = token % heads[0]
+        np.testing.assert_allclose(values[:, token, head], out[:, token, head], atol=1e-5)
 
 
 def test_attention_does_not_overflow():
     q = np.full((3, 1, 4), 1e4, np.float32)
-    out = layers.causal_attention(q, q, q)
+    out = causal_attention(q, q, q)
     np.testing.assert_allclose(out, q)
 
 

@@ -27,18 +27,22 @@ def spec(tmp_path_factory):
 
 @pytest.fixture
 def means(spec):
-    """Mean squares of every linear, some zero."""
+    """Mean squares of every linear, some zero; attn_v's are attn_q's, for that is what llama.cpp counts."""
     random = np.random.RandomState(0)
-    return {
+    means = {
         t.name: (random.random_sample(t.n_in) * (random.random_sample(t.n_in) > 0.1)).astype(np.float32)
         for t in spec.tensors
         if is_linear(t.name, t.shape)
     }
+    return {name: means[name.replace("attn_v", "attn_q")] for name in means}
 
 
 @pytest.fixture
 def exported(tmp_path, means):
     sketches = {name: Sketch.diagonal_only(mean, 1000) for name, mean in means.items()}
+    for name in sketches:
+        if "attn_v" in name:
+            sketches[name] = Sketch.neutral(sketches[name].n_in)  # mixtures of tokens, which llama.cpp knows nothing of
     sketches["blk.0.ffn_up.weight"] = Sketch.neutral(192)
     export_imatrix(tmp_path / "imatrix.gguf", sketches, n_windows=25, n_ctx=40, datasets=DATASETS)
     return tmp_path / "imatrix.gguf"

@@ -22,7 +22,7 @@ from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import find_decoder
 from sq_stream.units import format_size
 
-VERSION = 1
+VERSION = 2
 """Of the maths and the file format: sketches of another one are not used."""
 
 

@@ -38,6 +38,8 @@ def export_imatrix(
 ) -> None:
     """Write the diagonals of `sketches` as a GGUF importance matrix for llama-quantize, without unseen sites.
 
+    As llama.cpp counts it, attn_v sees what attn_q sees: the tokens, not their mixtures.
+
     Args:
         path: the file, replaced if it is there.
         sketches: by tensor name.
@@ -50,7 +52,7 @@ def export_imatrix(
     """
     values: dict[str, Array] = {}
     for name in sorted(sketches):
-        sketch = sketches[name]
+        sketch = sketches[name.replace("attn_v", "attn_q")]
         if sketch.n_tokens:
             values[name + SUMS] = sketch.diagonal() * np.float32(sketch.n_tokens)
             values[name + COUNTS] = np.array([sketch.n_tokens], np.float32)

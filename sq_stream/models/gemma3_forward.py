@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sq_stream.models.attention import causal_attention
 from sq_stream.models.forward import Decoder
 from sq_stream.models.gemma3 import N_LAYER_27B, PATTERN
 from sq_stream.models.layers import (
@@ -14,7 +15,6 @@ from sq_stream.models.layers import (
     Observe,
     Weights,
     apply_linears,
-    causal_attention,
     feed_forward,
     gelu,
     rms_norm,
@@ -63,10 +63,13 @@ class Model(Decoder):
         is_local = self.window is not None and i % PATTERN < PATTERN - 1
         rotary = self.local_rotary if is_local else self.rotary
         heads = (*x.shape[:-1], -1, self.head_dim)  # [..., n_tok, n_head or n_kv_head, head_dim]
-        q, k, v = apply_linears(x, weights, ("attn_q", "attn_k", "attn_v"), observe)
+        q, k = apply_linears(x, weights, ("attn_q", "attn_k"), observe)
+        (v,) = apply_linears(x, weights, ("attn_v",), None)  # observed behind the attention
         q = rotary.turn(rms_norm(q.reshape(heads), weights["attn_q_norm.weight"], self.eps))
         k = rotary.turn(rms_norm(k.reshape(heads), weights["attn_k_norm.weight"], self.eps))
         window = self.window if is_local else None
-        out = causal_attention(q, k, v.reshape(heads), scale=self.attention_scale, window=window)
+        out = causal_attention(
+            q, k, v.reshape(heads), scale=self.attention_scale, window=window, inputs=x, observe=observe
+        )
         (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, ("attn_output",), observe)
         return out

@@ -18,7 +18,7 @@ Weights = Mapping[str, Any]
 A matrix may be anything with a shape whose row slices are arrays: an array, or a tensor read from its file.
 """
 Site = tuple[str, ...]
-"""The linears that one activation vector enters, as ("attn_q", "attn_k", "attn_v")."""
+"""The linears that one activation vector enters, as ("ffn_gate", "ffn_up")."""
 Observe = Callable[[Site, Array], None]
 """Called with the activations [..., n_tok, n_in] that enter a site; must not change them."""
 
@@ -26,7 +26,6 @@ TILE_WEIGHTS = 2**22
 """Weights of a matrix that are multiplied at a time. Fixed, so that results do not depend on what is in memory."""
 CACHED_VALUES = 2**16
 """Worked on at a time by elementwise functions."""
-_QUERY_TILE = 128  # tokens
 
 
 def apply_linears(x: Array, weights: Weights, site: Site, observe: Observe | None) -> list[Array]:
@@ -117,46 +116,3 @@ def softplus(x: Array) -> Array:
     """log(1 + exp(x)), without overflow."""
     y: Array = np.logaddexp(np.float32(0), x)
     return y
-
-
-def causal_attention(q: Array, k: Array, v: Array, *, scale: float | None = None, window: int | None = None) -> Array:
-    """Grouped-query softmax attention, each token looking at itself and those before it, in tiles of queries.
-
-    Args:
-        q: [..., n_tok, n_head, head_dim].
-        k: [..., n_tok, n_kv_head, head_dim]; n_head / n_kv_head neighboring query heads share one.
-        v: [..., n_tok, n_kv_head, head_dim].
-        scale: of the scores; 1 / √head_dim where it is None.
-        window: how many tokens a token sees, itself included; None: all.
-
-    Returns:
-        [..., n_tok, n_head, head_dim].
-    """
-    (*batch, n_tok, n_head, head_dim), n_kv_head = q.shape, k.shape[-2]
-    q = q * np.float32(head_dim**-0.5 if scale is None else scale)
-    q = q.reshape(-1, n_tok, n_kv_head, n_head // n_kv_head, head_dim)
-    k, v = (x.reshape(-1, n_tok, n_kv_head, head_dim) for x in (k, v))
-    out = np.empty_like(q)
-    for start in range(0, n_tok, _QUERY_TILE):
-        stop = min(start + _QUERY_TILE, n_tok)
-        first = 0 if window is None else max(0, start - window + 1)
-        hidden = _hidden(start, stop, first, window)  # [n_query, 1, n_key]
-        for i, head in np.ndindex(len(q), n_kv_head):
-            queries, keys = q[i, start:stop, head], k[i, first:stop, head]  # [n_query, n_group, head_dim], [n_key, …]
-            scores = queries.reshape(-1, head_dim) @ keys.T
-            by_query = scores.reshape(stop - start, -1, stop - first)
-            by_query += hidden
-            scores -= scores.max(axis=-1, keepdims=True)
-            np.exp(scores, out=scores)
-            mixed = scores @ v[i, first:stop, head]
-            mixed /= scores.sum(axis=-1, keepdims=True)
-            out[i, start:stop, head] = mixed.reshape(queries.shape)
-    return out.reshape(*batch, n_tok, n_head, head_dim)
-
-
-def _hidden(start: int, stop: int, first: int, window: int | None) -> Array:
-    """What is added to the scores of queries `start` to `stop` and keys `first` to `stop`: -inf where one is unseen."""
-    age = np.arange(start, stop)[:, None, None] - np.arange(first, stop)
-    seen = (age >= 0) if window is None else (age >= 0) & (age < window)
-    hidden: Array = np.where(seen, np.float32(0), np.float32(-np.inf))
-    return hidden

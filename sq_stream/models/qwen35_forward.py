@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sq_stream.models.attention import causal_attention
 from sq_stream.models.forward import Decoder
 from sq_stream.models.gated_delta import gated_delta
 from sq_stream.models.layers import (
@@ -16,7 +17,6 @@ from sq_stream.models.layers import (
     Observe,
     Weights,
     apply_linears,
-    causal_attention,
     elementwise,
     feed_forward,
     rms_norm,
@@ -67,11 +67,12 @@ class Model(Decoder):
     def _attention(self, x: Array, weights: Weights, observe: Observe | None) -> Array:
         """Full attention with normalized queries and keys and a gated output: [..., n_tok, d_model] to the same."""
         heads = (*x.shape[:-1], -1, self.head_dim)  # [..., n_tok, n_head or n_kv_head, head_dim]
-        q_and_gate, k, v = apply_linears(x, weights, ("attn_q", "attn_k", "attn_v"), observe)
+        q_and_gate, k = apply_linears(x, weights, ("attn_q", "attn_k"), observe)
+        (v,) = apply_linears(x, weights, ("attn_v",), None)  # observed behind the attention
         q, gate = np.split(q_and_gate.reshape(*heads[:-1], 2 * self.head_dim), 2, axis=-1)
         q = self.rotary.turn(rms_norm(q, weights["attn_q_norm.weight"], self.eps))
         k = self.rotary.turn(rms_norm(k.reshape(heads), weights["attn_k_norm.weight"], self.eps))
-        out = causal_attention(q, k, v.reshape(heads))  # [..., n_tok, n_head, head_dim]
+        out = causal_attention(q, k, v.reshape(heads), inputs=x, observe=observe)  # [..., n_tok, n_head, head_dim]
         out *= sigmoid(gate)
         (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, ("attn_output",), observe)
         return out

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sq_stream.models.attention import causal_attention
 from sq_stream.models.forward import Decoder
-from sq_stream.models.layers import Array, Observe, Weights, apply_linears, causal_attention, feed_forward, rms_norm
+from sq_stream.models.layers import Array, Observe, Weights, apply_linears, feed_forward, rms_norm
 from sq_stream.models.rotary import Rotary
 
 
@@ -37,9 +38,10 @@ class Model(Decoder):
 
     def _attention(self, x: Array, weights: Weights, observe: Observe | None) -> Array:
         heads = (*x.shape[:-1], -1, self.head_dim)  # [..., n_tok, n_head or n_kv_head, head_dim]
-        q, k, v = apply_linears(x, weights, ("attn_q", "attn_k", "attn_v"), observe)
+        q, k = apply_linears(x, weights, ("attn_q", "attn_k"), observe)
+        (v,) = apply_linears(x, weights, ("attn_v",), None)  # observed behind the attention
         q, k = (self._place(y.reshape(heads), weights, norm) for y, norm in ((q, "attn_q_norm"), (k, "attn_k_norm")))
-        out = causal_attention(q, k, v.reshape(heads))
+        out = causal_attention(q, k, v.reshape(heads), inputs=x, observe=observe)
         (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, ("attn_output",), observe)
         return out
 
