@@ -1,7 +1,8 @@
 """KL divergence of models from a reference, both run by llama.cpp, file by file, with everything kept in a folder.
 
-The reference's logits of each window are stored as 16-bit codes between the least and the greatest of their position:
-steps of about 0.0005, which move a mean KL divergence of 0.1 by less than 1e-5 (`tests/test_bench_comparison.py`).
+The reference's logits of each window are stored as 16-bit codes between the least and the greatest of their position,
+in steps of about 0.0005. On 256 positions of SmolLM2-135M and its Q4_K file that changed the mean KL divergence of 0.27
+by 6e-8, and no position's by more than 1e-4 (`tests/test_bench_comparison.py` bounds it on random logits).
 The other files' logits are used as they come.
 """
 
