@@ -1,4 +1,4 @@
-"""A program's peak memory, as the kernel counts it."""
+"""A program's peak memory and processor time, as the kernel counts them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from dataclasses import dataclass
 _MEASURE = """
 import json, resource, subprocess, sys
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
-print(json.dumps([code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, used.ru_maxrss, used.ru_utime + used.ru_stime]))
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished program: `peak_bytes` is its peak resident memory, mapped pages included."""
+    """A finished program: `peak_bytes` is its peak resident memory, mapped pages included; times in seconds."""
 
     exit_code: int
     peak_bytes: int
     seconds: float
+    cpu_seconds: float  # of all its threads
     log: str
 
 
@@ -33,5 +35,5 @@ def run_measured(command: Sequence[str]) -> Run:
     measured = subprocess.run(
         [sys.executable, "-I", "-S", "-c", _MEASURE, *command], capture_output=True, text=True, check=True
     )
-    exit_code, peak_kib = json.loads(measured.stdout)
-    return Run(exit_code, peak_kib * 1024, time.monotonic() - start, measured.stderr)
+    exit_code, peak_kib, cpu_seconds = json.loads(measured.stdout)
+    return Run(exit_code, peak_kib * 1024, time.monotonic() - start, cpu_seconds, measured.stderr)

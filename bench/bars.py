@@ -1,0 +1,194 @@
+"""The tables of the comparison: figures of each file, and the bars with what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import gguf
+import numpy as np
+from candidates import File
+from divergence import Scores
+from numpy.typing import NDArray
+
+MIB = 2**20
+N_SAMPLES = 10_000
+REFERENCE = "BF16"
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of one file on one text; intervals are 95%, from resampling windows."""
+
+    text: str
+    name: str
+    tensor_mib: float
+    bits_per_weight: float
+    mean_kl: float
+    mean_kl_interval: tuple[float, float]
+    mean_kl_later: float  # over the positions that are not skipped
+    median_kl: float
+    kl_99: float
+    top1_agreement: float
+    loss: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar on one text: `figure` must be at most `limit`, or at least where `at_least` says so."""
+
+    text: str
+    bar: str
+    figure: float
+    interval: tuple[float, float]
+    figure_later: float  # over the positions that are not skipped
+    limit: float
+    at_least: bool
+    met: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A bar: the ratio of two files' mean KL, or with `gap` the share of a file's loss gap to BF16 that ours closes."""
+
+    bar: str
+    ours: str
+    theirs: str
+    limit: float
+    gap: bool = False
+
+
+_PURE, _MIXED, _Q5 = "q4_k_m-pure", "q4_k_m", "q5_k_m-pure"
+_BALANCED, _PLAIN, _IMATRIX = "sq-stream balanced", "llama.cpp", "llama.cpp + imatrix"
+
+
+def _rule(ours: str, theirs: str, limit: float, gap: bool = False) -> Rule:
+    bar = f"loss gap of {theirs} closed by {ours}, balanced" if gap else f"mean KL of {ours}, balanced, over {theirs}"
+    return Rule(bar, f"{ours}, {_BALANCED}", theirs, limit, gap)
+
+
+RULES = {
+    "reference": (
+        _rule(_PURE, f"{_PURE}, {_PLAIN}", 0.27),
+        _rule(_PURE, f"{_PURE}, {_IMATRIX}", 0.55),
+        _rule(_PURE, f"{_MIXED}, {_PLAIN}", 1.0),
+        _rule(_PURE, f"{_Q5}, {_PLAIN}", 1.0),
+        _rule(_PURE, f"{_PURE}, {_PLAIN}", 0.75, gap=True),
+        _rule(_MIXED, f"{_MIXED}, {_IMATRIX}", 0.7),
+    ),
+    "better": (
+        _rule(_PURE, f"{_PURE}, {_IMATRIX}", 1.0),
+        _rule(_MIXED, f"{_MIXED}, {_IMATRIX}", 1.0),
+    ),
+}
+"""Sets of bars: those of the width-768 reference model, where every matrix is a K type, and those of other models."""
+
+
+def _resampled(window_means: Array) -> Array:
+    """Means of windows drawn again with replacement, the same ones for every file: [N_SAMPLES]."""
+    n = len(window_means)
+    return window_means[np.random.default_rng(0).integers(n, size=(N_SAMPLES, n))].mean(axis=1)
+
+
+def _interval(samples: Array) -> tuple[float, float]:
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@cache
+def _size(file: File) -> tuple[int, int]:
+    """Bytes and weights of all tensors."""
+    tensors = gguf.GGUFReader(file.path).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors), sum(int(tensor.n_elements) for tensor in tensors)
+
+
+def summarize(text: str, file: File, scores: Scores, skip: int) -> Result:
+    """The figures of `file`; `skip` first positions of each window are left out of `mean_kl_later`."""
+    n_bytes, n_weights = _size(file)
+    loss = float(scores.loss.mean())
+    return Result(
+        text=text,
+        name=file.name,
+        tensor_mib=n_bytes / MIB,
+        bits_per_weight=8 * n_bytes / n_weights,
+        mean_kl=float(scores.kl.mean()),
+        mean_kl_interval=_interval(_resampled(scores.kl.mean(axis=1))),
+        mean_kl_later=float(scores.kl[:, skip:].mean()),
+        median_kl=float(np.median(scores.kl)),
+        kl_99=float(np.quantile(scores.kl, 0.99)),
+        top1_agreement=float(scores.agrees.mean()),
+        loss=loss,
+        perplexity=math.exp(loss),
+    )
+
+
+def _fraction(rule: Rule, scores: Mapping[str, Scores], skip: int) -> tuple[Array, Array]:
+    """Per window, numerator and denominator of the rule's ratio: [n_windows] each."""
+    if not rule.gap:
+        ours, theirs = (scores[name].kl[:, skip:].mean(axis=1) for name in (rule.ours, rule.theirs))
+        return ours, theirs
+    ours, theirs, reference = (scores[name].loss[:, skip:].mean(axis=1) for name in (rule.ours, rule.theirs, REFERENCE))
+    return theirs - ours, theirs - reference
+
+
+def check(text: str, scores: Mapping[str, Scores], rules: Sequence[Rule], skip: int) -> Iterator[Bar]:
+    """The bars whose files were scored."""
+    for rule in rules:
+        if not {rule.ours, rule.theirs} <= scores.keys():
+            continue
+        above, below = _fraction(rule, scores, 0)
+        later_above, later_below = _fraction(rule, scores, skip)
+        figure = float(above.mean() / below.mean())
+        yield Bar(
+            text=text,
+            bar=rule.bar,
+            figure=figure,
+            interval=_interval(_resampled(above) / _resampled(below)),
+            figure_later=float(later_above.mean() / later_below.mean()),
+            limit=rule.limit,
+            at_least=rule.gap,
+            met=figure >= rule.limit if rule.gap else figure <= rule.limit,
+        )
+
+
+def results_table(results: Sequence[Result], skip: int) -> str:
+    lines = [
+        f"| file | MiB | bits/weight | mean KL (95%) | mean KL from position {skip} on | median KL | 99% KL "
+        "| top-1 agreement | loss | perplexity |",
+        "|" + " --- |" * 10,
+    ]
+    for r in results:
+        low, high = r.mean_kl_interval
+        lines.append(
+            f"| {r.name} | {r.tensor_mib:.1f} | {r.bits_per_weight:.2f} | {r.mean_kl:.4f} ({low:.4f} to {high:.4f}) "
+            f"| {r.mean_kl_later:.4f} | {r.median_kl:.4f} | {r.kl_99:.3f} | {r.top1_agreement:.1%} | {r.loss:.4f} "
+            f"| {r.perplexity:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def bars_table(bars: Sequence[Bar], skip: int) -> str:
+    lines = [
+        f"| text | bar | figure (95%) | from position {skip} on | limit | met |",
+        "|" + " --- |" * 6,
+    ]
+    for b in bars:
+        low, high = b.interval
+        lines.append(
+            f"| {b.text} | {b.bar} | {b.figure:.3f} ({low:.3f} to {high:.3f}) | {b.figure_later:.3f} "
+            f"| {'≥' if b.at_least else '≤'} {b.limit:g} | {'yes' if b.met else '**no**'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def costs_table(files: Sequence[File]) -> str:
+    """What our commands took."""
+    lines = ["| command's file | seconds | peak memory, MiB |", "| --- | --- | --- |"]
+    for file in files:
+        if file.seconds is not None and file.peak_bytes is not None:
+            lines.append(f"| {file.name} | {file.seconds:.0f} | {file.peak_bytes / MIB:.0f} |")
+    return "\n".join(lines) + "\n"
