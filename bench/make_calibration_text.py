@@ -1,27 +1,31 @@
 """Make sq_stream/calibrate/text/documents.jsonl.zst, the packaged calibration text, from its sources.
 
     python bench/make_calibration_text.py --books DIR --python DIR --go DIR --llama DIR --underscore FILE
-        --httpd DIR --sqlite DIR --jargon FILE --out sq_stream/calibrate/text/documents.jsonl.zst
+        --httpd DIR --sqlite DIR --jargon FILE --wikipedia FILE --out sq_stream/calibrate/text/documents.jsonl.zst
 
 What each source is, its version and its licence: sq_stream/calibrate/text/SOURCES.md. Our own text is in
-bench/calibration_text. The same sources give the same bytes.
+bench/calibration_text. The same sources give the same bytes. Needs `mwparserfromhell`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import bz2
 import hashlib
 import json
 import random
 import re
 import textwrap
+import xml.etree.ElementTree
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import mwparserfromhell
 import zstandard
 
 OWN = Path(__file__).parent / "calibration_text"
@@ -222,6 +226,42 @@ def languages(httpd: Path) -> Iterator[Document]:
             yield document
 
 
+def encyclopedia(dump: Path) -> Iterator[Document]:
+    """Articles of an excerpt of Wikipedia: their running text and headings, down to the lists at their end."""
+    pages: dict[str, str] = {}
+    title = ""
+    with bz2.open(dump) as file:
+        for _, element in xml.etree.ElementTree.iterparse(file):
+            tag = element.tag.rpartition("}")[2]
+            if tag == "title":
+                title = element.text or ""
+            elif tag == "text" and ":" not in title and not (element.text or "").startswith("#"):
+                pages[title] = element.text or ""
+    ends = re.compile(r"^== *(?:See also|References|Notes|Footnotes|Bibliography|External links|Further reading)", re.M)
+    long = {name: text for name, text in pages.items() if len(text) > 15_000}
+    texts = ((name, article(ends.split(long[name])[0])) for name in shuffled(long))
+    yield from take(
+        (Document(f"wikipedia/{name}", "encyclopedia", excerpt(text, 5500)) for name, text in texts), 400_000
+    )
+
+
+def article(markup: str) -> str:
+    """The text of wiki markup without templates, tables, pictures and notes; headings as in Markdown."""
+    code = mwparserfromhell.parse(markup)
+    for node in [*code.filter_tags(matches=lambda n: n.tag in ("ref", "table", "gallery", "math"))]:
+        with suppress(ValueError):
+            code.remove(node)
+    for link in code.filter_wikilinks(matches=lambda n: re.match(r"(?i)(?:file|image|category):", str(n.title))):
+        with suppress(ValueError):
+            code.remove(link)
+    for heading in code.filter_headings():
+        code.replace(heading, f"{'#' * heading.level} {heading.title.strip_code().strip()}")
+    text = re.sub(r"\(\s*[;,]?\s*\)", "", code.strip_code())
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    kept = [line for line in lines if line.startswith("#") or len(line) > 80 or line.startswith("*")]
+    return "\n\n".join(kept)
+
+
 def entries(jargon: Path) -> list[tuple[str, str]]:
     """Term and definition of the Jargon File, of a middling length."""
     text = jargon.read_text("utf-8", errors="replace")
@@ -364,7 +404,7 @@ def own() -> Iterator[Document]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("books", "python", "go", "llama", "underscore", "httpd", "sqlite", "jargon", "out"):
+    for name in ("books", "python", "go", "llama", "underscore", "httpd", "sqlite", "jargon", "wikipedia", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
     python = list(code("python", args.python, "*.py", 150_000, avoid="^(this|_sysconfigdata.*|antigravity)"))
@@ -372,6 +412,7 @@ def main() -> None:
     found = [(term, terms[term]) for term in shuffled(terms)]
     documents = [
         *books(args.books),
+        *encyclopedia(args.wikipedia),
         *python,
         *code("go", args.go, "*/*.go", 90_000, avoid=r"_test\.go|^cmd|^vendor|table|example"),
         *code("llama.cpp", args.llama, "src/*.cpp", 40_000),

@@ -26,7 +26,9 @@ WINDOWS = (360, 60, 120)
 """Windows for the fit, for the convergence test and for the held-out test."""
 PARTS = ("calib", "convergence", "heldout")
 
-MIX = {"prose": 30, "code": 25, "technical": 15, "languages": 15, "dialogue": 15, GIVEN: 100}
+MIX = {
+    "encyclopedia": 25, "code": 20, "prose": 15, "languages": 15, "dialogue": 15, "technical": 10, GIVEN: 100,
+}  # fmt: skip
 """Shares of the windows; a kind that has too few leaves its share to the others."""
 
 SHINGLE = 32  # tokens

@@ -38,7 +38,7 @@ class Document:
     """A text, the messages of a dialogue, or token ids; never more than one of them."""
 
     id: str
-    kind: str  # "prose", "code", "technical", "languages", "dialogue" or GIVEN
+    kind: str  # one of `corpus.MIX`
     text: str = ""
     messages: tuple[Message, ...] = ()
     ids: Ids | None = None
