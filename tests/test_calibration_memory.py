@@ -17,7 +17,7 @@ CALIBRATE = """
 import sys
 from pathlib import Path
 import numpy as np
-from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.calibration import plan_calibration
 from sq_stream.calibrate.store import Store
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models import find
@@ -27,7 +27,8 @@ with Checkpoint.open(Path(folder)) as checkpoint:
     spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes)
     n_vocab = next(t.n_rows for t in spec.tensors if t.name == "token_embd.weight")
     windows = np.random.RandomState(0).randint(0, n_vocab, (24, 512)).astype(np.int32)
-    with calibrate(checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2) as sketches:
+    planned = plan_calibration(checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2)
+    with planned.run() as sketches:
         assert not sketches.unseen
 """
 

@@ -24,6 +24,7 @@ from sq_stream.parallel import Workers
 Array = NDArray[np.float32]
 Double = NDArray[np.float64]
 
+PANEL = 256  # columns decided together: a super-block, or eight blocks of 32
 _SMALLEST = 1e-7  # eigenvalue of a conditional metric, as a share of its largest: below it, float32 sums are noise
 
 
@@ -100,6 +101,11 @@ class DenseMetric:
         reduced: Double = self.matrix[above, own] - self.matrix[own.stop :, above].T.astype(np.float64) @ costs
         return reduced
 
+    @staticmethod
+    def needed_bytes(n_in: int, threads: int) -> int:
+        """Resident bytes at the peak: the matrix, and columns of panels in both precisions."""
+        return 4 * n_in**2 + PANEL * n_in * (8 * threads + 24)
+
     def block(self, i: int) -> Array:
         """A_pp of panel i."""
         return np.ascontiguousarray(self.matrix[self.panels[i], self.panels[i]])
@@ -144,6 +150,11 @@ class FactorMetric:
             self.conditional.insert(0, conditional.astype(np.float32))
             self.feedback.insert(0, -(solved @ inverse).astype(np.float32))
             m += (s / residual[own]) @ s.T
+
+    @staticmethod
+    def needed_bytes(n_in: int, rank: int) -> int:
+        """Resident bytes at the peak: S and G, C, and work on M."""
+        return 8 * n_in * rank + 4 * PANEL * n_in + 32 * rank**2
 
     def block(self, i: int) -> Array:
         """A_pp = D_p + S_pᵀ S_p."""

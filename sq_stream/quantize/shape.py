@@ -18,11 +18,10 @@ from sq_stream.formats.blocks import BlockType
 from sq_stream.kernels import descent
 from sq_stream.parallel import Workers
 from sq_stream.quantize.grids import GRIDS, Scales, fit_scales
-from sq_stream.quantize.metric import DenseMetric, Errors, FactorMetric, Metric, panel_factor, upper_blocks
+from sq_stream.quantize.metric import PANEL, DenseMetric, Errors, FactorMetric, Metric, panel_factor, upper_blocks
 
 Array = NDArray[np.float32]
 
-PANEL = 256  # columns decided together: a super-block, or eight blocks of 32
 MOST_SWEEPS = 8
 LEAST_GAIN = 0.003  # of the objective, for another sweep to be worth it
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
