@@ -54,10 +54,11 @@ class ExactMoment:
     @staticmethod
     def needs(n_in: int) -> Needs:
         """What a site of `n_in` values needs."""
+        width = min(PANEL, n_in)
         return Needs(
             resident=4 * sum(stop * ((stop - 1) % PANEL + 1) for stop in _stops(n_in)),
-            adding=4 * n_in * min(PANEL, n_in),
-            finishing=max(24 * PANEL * n_in, 10 * PANEL * n_in + n_in**2),
+            adding=4 * (n_in + width) * width,
+            finishing=max((4 * n_in + 48 * width) * width, 10 * width * n_in + n_in**2),
         )
 
     def add(self, batch: int, x: Array) -> None:
@@ -105,7 +106,7 @@ class SketchedMoment:
         """What a site of `n_in` values needs where batches are of n activations."""
         return Needs(
             resident=8 * n_in * rank,
-            adding=4 * rank * (min(PANEL, n_in) + n),
+            adding=4 * rank * (2 * min(PANEL, n_in) + n),
             finishing=4 * n_in * rank + 32 * rank * (PANEL + rank),
         )
 

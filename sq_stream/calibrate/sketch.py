@@ -56,7 +56,7 @@ class Sketch:
     @staticmethod
     def needed_bytes(n_in: int, rank: int) -> int:
         """Resident bytes at the peak of reading a sketch."""
-        return 4 * n_in * rank + 8 * rank * min(PANEL, n_in)
+        return 4 * n_in * rank + 12 * rank * min(PANEL, n_in)
 
     @property
     def n_in(self) -> int:

@@ -27,8 +27,8 @@ COMPILING_BYTES = 40 * MIB
 # Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
 # transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
 BYTES_PER_WEIGHT = 20
-# The same where the tile is shaped: wanted values, errors, codes and E Sᵀ; and for one row, the work on a panel.
-BYTES_PER_SHAPED_WEIGHT = 28
+# The same where the tile is shaped: the tile, wanted values, errors, codes and E Sᵀ; and for a row, work on a panel.
+BYTES_PER_SHAPED_WEIGHT = 20
 BYTES_PER_SHAPED_ROW = 8192
 # A larger tile encodes no faster.
 MOST_TILE_WEIGHTS = 4 * MIB

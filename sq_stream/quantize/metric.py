@@ -154,7 +154,7 @@ class FactorMetric:
     @staticmethod
     def needed_bytes(n_in: int, rank: int) -> int:
         """Resident bytes at the peak: S and G, C, and work on M."""
-        return 8 * n_in * rank + 4 * PANEL * n_in + 32 * rank**2
+        return 8 * n_in * rank + 4 * PANEL * n_in + 32 * rank * (rank + PANEL)
 
     def block(self, i: int) -> Array:
         """A_pp = D_p + S_pᵀ S_p."""
