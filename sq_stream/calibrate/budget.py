@@ -13,7 +13,7 @@ from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.sketch import PANEL
 from sq_stream.calibrate.weights import LayerReader, is_large, zeros
 from sq_stream.models.forward import Decoder
-from sq_stream.models.layers import TILE_WEIGHTS, Site
+from sq_stream.models.layers import TILE_WEIGHTS, Array, Site
 from sq_stream.parallel import Workers
 
 MIB = 2**20
@@ -26,16 +26,15 @@ BLAS_BYTES = 12 * MIB
 """Packed panels that BLAS keeps for each thread."""
 RANKS = (2048, 1024, 512, 256, 128)
 """Of the sketches of sites whose exact second moment does not fit."""
-_QUERY_HEADS = 16  # that share one key head, at most: their scores are one tile
-_MEASURED_TOKENS = (16, 48)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer needs, measured on a few tokens of zeros."""
+    """What one layer needs, measured on a batch of zeros; bytes of activations are those besides the layer's input."""
 
     sites: tuple[tuple[Site, int], ...]  # with the values of an activation vector, in the order of observation
-    bytes_per_token: int  # of activations, at the peak
+    observing: tuple[int, ...]  # bytes of activations while each site is observed
+    activations: int  # bytes, at the peak
     weights: int  # values in its tensors
     small_weights: int  # values in those that are always in memory
 
@@ -55,8 +54,8 @@ class Budget:
         return SketchedMoment(n_in, self.ranks[n_in], order) if n_in in self.ranks else ExactMoment(n_in, order)
 
 
-def measure_layers(decoder: Decoder, reader: LayerReader) -> list[Layer]:
-    """Every layer's needs, in order; layers with the same tensors are measured once."""
+def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[Layer]:
+    """Every layer's needs with windows of `n_ctx` tokens, in order; layers with the same tensors are measured once."""
     known: dict[object, Layer] = {}
     layers = []
     with Workers(1):
@@ -64,31 +63,38 @@ def measure_layers(decoder: Decoder, reader: LayerReader) -> list[Layer]:
             shapes = reader.shapes(i)
             key = tuple(shapes.items())
             if key not in known:
-                known[key] = _measure(decoder, i, shapes)
+                known[key] = _measure(decoder, i, shapes, (windows_per_batch(n_ctx), n_ctx))
             layers.append(known[key])
     return layers
 
 
-def _measure(decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
+def _measure(decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]], windows: tuple[int, int]) -> Layer:
     weights = zeros(shapes)
-    n_embd = shapes["attn_norm.weight"][0]
+    x = np.zeros((*windows, shapes["attn_norm.weight"][0]), np.float32)
     sites: dict[Site, int] = {}
-    peaks = []
+    observing: list[int] = []
+
+    def allocated() -> int:
+        return tracemalloc.get_traced_memory()[0]
+
+    def observe(site: Site, x: Array) -> None:
+        sites[site] = x.shape[-1]
+        observing.append(allocated() - before)
+
     already_tracing = tracemalloc.is_tracing()
     tracemalloc.start()
-    for n in _MEASURED_TOKENS:
-        x = np.zeros((1, n, n_embd), np.float32)
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        with np.errstate(all="ignore"):  # zeros are no sensible weights
-            decoder.layer(x, weights, i, lambda site, x: sites.update({site: x.shape[-1]}))
-        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.reset_peak()
+    before = allocated()
+    with np.errstate(all="ignore"):  # zeros are no sensible weights
+        decoder.layer(x, weights, i, observe)
+    activations = tracemalloc.get_traced_memory()[1] - before
     if not already_tracing:
         tracemalloc.stop()
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     return Layer(
         sites=tuple(sites.items()),
-        bytes_per_token=-(-(peaks[1] - peaks[0]) // (_MEASURED_TOKENS[1] - _MEASURED_TOKENS[0])),
+        observing=tuple(observing),
+        activations=activations,
         weights=sum(sizes.values()),
         small_weights=sum(n for name, n in sizes.items() if not is_large(shapes[name])),
     )
@@ -113,7 +119,7 @@ def budgets(
     )
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
-            peak_ram = _peak(layers, ranks, n_threads, resident, batch_tokens, n_ctx, n_embd)
+            peak_ram = _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd)
             yield Budget(n_threads, resident, ranks, peak_ram, peak_disk)
 
 
@@ -134,28 +140,21 @@ def rank_choices(layers: Sequence[Layer], n_embd: int) -> Iterator[dict[int, int
 
 
 def _peak(
-    layers: Sequence[Layer],
-    ranks: Mapping[int, int],
-    threads: int,
-    resident: bool,
-    batch_tokens: int,
-    n_ctx: int,
-    n_embd: int,
+    layers: Sequence[Layer], ranks: Mapping[int, int], threads: int, resident: bool, batch_tokens: int, n_embd: int
 ) -> int:
     """Resident bytes at the peak of the worst layer."""
     chunk = 4 * batch_tokens * n_embd  # of the residual stream; three times while it is read or written
-    attention = 128 * n_ctx * (4 * _QUERY_HEADS + 24)
     tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
     worst = 0
     for layer in layers:
         moments = [_needs(width, ranks, batch_tokens) for _, width in layer.sites]
         weights = 4 * (layer.weights if resident else layer.small_weights)
         sums = sum(moment.resident for moment in moments)
-        adding = max(moment.adding for moment in moments)
+        observing = max(own + moment.adding for own, moment in zip(layer.observing, moments, strict=True))
+        activations = max(layer.activations + tile, observing, 2 * chunk) + chunk
+        computing = activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
         finishing = sum(sorted(moment.finishing for moment in moments)[-threads:])
-        activations = layer.bytes_per_token * batch_tokens + attention
-        working = threads * (max(activations + adding + tile, 2 * chunk) + chunk + BLAS_BYTES)
-        worst = max(worst, weights + sums + max(working, finishing))
+        worst = max(worst, weights + sums + max(threads * computing, finishing))
     return FIXED_BYTES + worst
 
 

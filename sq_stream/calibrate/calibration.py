@@ -149,7 +149,7 @@ def plan_calibration(
     reader = LayerReader(spec, checkpoint)
     _check_windows(windows, reader.n_vocab)
     decoder = find_decoder(spec.arch, spec.metadata)
-    layers = measure_layers(decoder, reader)
+    layers = measure_layers(decoder, reader, windows.shape[1])
     smallest = sys.maxsize
     for ranks in rank_choices(layers, reader.n_embd):
         identity = _identity(checkpoint, windows, energy, ranks)
