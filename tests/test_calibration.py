@@ -389,7 +389,7 @@ def test_what_the_store_has_needs_no_memory_to_compute(open_model, tmp_path):
     planned = plan_calibration(*model, WINDOWS, Store(tmp_path), max_ram=2**20, threads=2)
     assert (planned.found, planned.peak_ram, planned.n_tokens, planned.ranks) == (True, 0, 0, {})
     assert_same_bits(run(model, tmp_path, max_ram=2**20)[0], expected)
-    with pytest.raises(DoesNotFitError, match="too small to calibrate"):
+    with pytest.raises(DoesNotFitError, match="too small for this model"):
         run(model, tmp_path / "empty", max_ram=2**20)
 
 

@@ -46,18 +46,24 @@ class Calibration:
     budget: Budget | None  # of computing it; None: it does not fit
 
     @property
+    def pending(self) -> Budget | None:
+        """How it will be computed; None if there is nothing to compute."""
+        return None if self.found else self.budget
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to compute."""
+        return self.windows.size if self.pending else 0
+
+    @property
     def peak_ram(self) -> int:
-        """Resident bytes at the peak; none if there is nothing to compute."""
-        return self._budget.peak_ram if self._budget else 0
+        """Resident bytes at the peak of computing it."""
+        return self.pending.peak_ram if self.pending else 0
 
     @property
     def peak_disk(self) -> int:
-        """Bytes in the store's folder at the peak; none if there is nothing to compute."""
-        return self._budget.peak_disk if self._budget else 0
-
-    @property
-    def _budget(self) -> Budget | None:
-        return None if self.found else self.budget
+        """Bytes that computing it puts into the store's folder, at the peak."""
+        return self.pending.peak_disk if self.pending else 0
 
     def check_disk(self) -> None:
         """Make sure that there is room for what is to be computed.
@@ -72,11 +78,6 @@ class Calibration:
                 f"{self.store.folder}: calibration needs up to {format_size(self.peak_disk)} of disk space and "
                 f"{format_size(free)} are free: make room, or choose another place with --cache"
             )
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens to compute."""
-        return 0 if self.found else self.windows.size
 
     def run(self, on_event: OnEvent = ignore) -> Sketches:
         """The sketches, computed only if the store does not have them.
@@ -102,7 +103,7 @@ class Calibration:
         if self.budget is None:
             raise DoesNotFitError(
                 f"{entry.folder} is damaged, and computing it again needs more memory than --max-ram gives: raise it, "
-                "or delete the calibration with `sq-stream cache clear` to make do with a coarser one"
+                "or run the same command again to make do with a coarser calibration"
             )
         self.check_disk()
         energy = self.identity["energy"]
@@ -163,8 +164,8 @@ def plan_calibration(
             )
         smallest = min(smallest, max(later, 0 if found else min(way.peak_ram for way in ways)))
     raise DoesNotFitError(
-        f"--max-ram {format_size(max_ram)} is too small to calibrate this model with windows of {windows.shape[1]} "
-        f"tokens: the smallest that works is --max-ram {-(-smallest // MIB)}M"
+        f"--max-ram {format_size(max_ram)} is too small for this model and windows of {windows.shape[1]} tokens: "
+        f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
     )
 
 

@@ -103,7 +103,7 @@ def _calibration_lines(calibration: Calibration | None) -> list[str]:
     widths = ", ".join(f"{width} values at rank {rank}" for width, rank in calibration.ranks.items())
     kind = f"sketches of sites of {widths}, else exact" if widths else "exact second moments"
     lines = [f"calibrate  {calibration.windows.size} tokens, {kind}{' (in the cache)' if calibration.found else ''}"]
-    if not calibration.found:
+    if calibration.pending:
         needs = f"{format_size(calibration.peak_ram)} of memory, {format_size(calibration.peak_disk)} of disk"
         lines.append(f"           {needs} in {calibration.store.folder}")
     return lines
