@@ -4,29 +4,119 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.calibrate.budget import Budget, make_budget, measure_layers
+from sq_stream.calibrate.budget import MIB, Budget, Layer, budgets, measure_layers, rank_choices
 from sq_stream.calibrate.forward import LostWorkError, run_forward
 from sq_stream.calibrate.sketches import Sketches
-from sq_stream.calibrate.store import Store
+from sq_stream.calibrate.store import Entry, Store
 from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.base import ModelSpec
-from sq_stream.models.forward import find_decoder
+from sq_stream.models.forward import Decoder, find_decoder
 from sq_stream.units import format_size
 
 VERSION = 2
 """Of the maths and the file format: sketches of another one are not used."""
 
 
-def calibrate(
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibration that the store has or that can be computed; made by `plan_calibration`."""
+
+    spec: ModelSpec
+    reader: LayerReader
+    decoder: Decoder
+    layers: Sequence[Layer]
+    windows: NDArray[np.int32]
+    store: Store
+    identity: Mapping[str, Any]  # everything that the sketches depend on
+    model: str  # name of the checkpoint's folder
+    ranks: Mapping[int, int]  # width of a site -> rank of its sketch, for sites that are not exact
+    found: bool  # in the store
+    budget: Budget | None  # of computing it; None: it does not fit
+
+    @property
+    def pending(self) -> Budget | None:
+        """How it will be computed; None if there is nothing to compute."""
+        return None if self.found else self.budget
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to compute."""
+        return self.windows.size if self.pending else 0
+
+    @property
+    def peak_ram(self) -> int:
+        """Resident bytes at the peak of computing it."""
+        return self.pending.peak_ram if self.pending else 0
+
+    @property
+    def peak_disk(self) -> int:
+        """Bytes that computing it puts into the store's folder, at the peak."""
+        return self.pending.peak_disk if self.pending else 0
+
+    def check_disk(self) -> None:
+        """Make sure that there is room for what is to be computed.
+
+        Raises:
+            DoesNotFitError: the disk is too small.
+        """
+        folder = next(path for path in (self.store.folder, *self.store.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(folder).free
+        if free < self.peak_disk:
+            raise DoesNotFitError(
+                f"{self.store.folder}: calibration needs up to {format_size(self.peak_disk)} of disk space and "
+                f"{format_size(free)} are free: make room, or choose another place with --cache"
+            )
+
+    def run(self, on_event: OnEvent = ignore) -> Sketches:
+        """The sketches, computed only if the store does not have them.
+
+        Raises:
+            BadInputError: NaN or infinite weights or activations.
+            DoesNotFitError: the disk is too small, or the memory after all, for what was found is damaged.
+            InterruptedJobError: another process is computing the same.
+            StorageError: reading or writing failed; finished layers are kept.
+        """
+        about = {"model": self.model, "n_tokens": self.windows.size}
+        entry = self.store.open(self.identity, about, self.decoder.n_layer + 1, on_event)
+        try:
+            if not entry.complete:
+                self._compute(entry, on_event)
+            dead = {site: about["n_dead"] for site, about in entry.sites.items()}
+            return Sketches(self.spec, dead, entry.load, entry.close)
+        except BaseException:
+            entry.close()
+            raise
+
+    def _compute(self, entry: Entry, on_event: OnEvent) -> None:
+        if self.budget is None:
+            raise DoesNotFitError(
+                f"{entry.folder} is damaged, and computing it again needs more memory than --max-ram gives: raise it, "
+                "or run the same command again to make do with a coarser calibration"
+            )
+        self.check_disk()
+        energy = self.identity["energy"]
+        run = partial(run_forward, self.reader, self.decoder, self.windows, self.layers, entry, self.budget)
+        try:
+            run(energy=energy, on_event=on_event)
+        except LostWorkError as error:
+            on_event(Note(f"{error}; calibrating from the first layer on"))
+            entry.restart()
+            run(energy=energy, on_event=on_event)
+
+
+def plan_calibration(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     windows: NDArray[np.int32],
@@ -35,13 +125,12 @@ def calibrate(
     max_ram: int,
     threads: int,
     energy: float = 1.0,
-    exact_up_to: int | None = None,
-    on_event: OnEvent = ignore,
-) -> Sketches:
-    """The statistics of every linear of a model on a text; computed only if the store does not have them.
+    afterwards: Callable[[Mapping[int, int]], int] = lambda ranks: 0,
+) -> Calibration:
+    """The most accurate statistics of every linear of a model on a text that memory allows.
 
     The same checkpoint, windows and settings give the same bits for any number of threads; `max_ram` only matters
-    where it is so small that wide sites are sketched.
+    where it is so small that wide sites are sketched. What the store has need not be computed.
 
     Args:
         checkpoint: the weights.
@@ -51,41 +140,33 @@ def calibrate(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
         energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
-        exact_up_to: the widest site whose statistics may be exact, wider ones are sketched; None: as memory allows.
-        on_event: told of the progress.
+        afterwards: from `Calibration.ranks` to the resident bytes, at the peak, of what is done with such sketches.
 
     Raises:
-        BadInputError: ids outside the vocabulary, no windows, NaN or infinite weights or activations.
+        BadInputError: ids outside the vocabulary, or no windows.
         UnsupportedModelError: the architecture has no forward pass.
-        DoesNotFitError: memory or disk are too small.
-        InterruptedJobError: another process is computing the same.
-        StorageError: reading or writing failed; finished layers are kept.
+        DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
     reader = LayerReader(spec, checkpoint)
     _check_windows(windows, reader.n_vocab)
     decoder = find_decoder(spec.arch, spec.metadata)
-    layers = measure_layers(decoder, reader)
-    budget = make_budget(
-        layers, windows.shape, reader.n_embd, max_ram=max_ram, threads=threads, exact_up_to=exact_up_to
+    layers = measure_layers(decoder, reader, windows.shape[1])
+    smallest = sys.maxsize
+    for ranks in rank_choices(layers, reader.n_embd):
+        identity = _identity(checkpoint, windows, energy, ranks)
+        found, later = store.has(identity), afterwards(ranks)
+        ways = list(budgets(layers, windows.shape, reader.n_embd, ranks=ranks, threads=threads))
+        budget = next((way for way in ways if way.peak_ram <= max_ram), None)
+        if later <= max_ram and (found or budget):
+            model = checkpoint.folder.resolve().name
+            return Calibration(
+                spec, reader, decoder, layers, windows, store, identity, model, ranks, found=found, budget=budget
+            )
+        smallest = min(smallest, max(later, 0 if found else min(way.peak_ram for way in ways)))
+    raise DoesNotFitError(
+        f"--max-ram {format_size(max_ram)} is too small for this model and windows of {windows.shape[1]} tokens: "
+        f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
     )
-    exact, planned = (_identity(checkpoint, windows, energy, ranks) for ranks in ({}, budget.ranks))
-    about = {"model": checkpoint.folder.resolve().name, "n_tokens": windows.size}
-    found = exact_up_to is None and store.has(exact)
-    entry = store.open(exact if found else planned, about, decoder.n_layer + 1, on_event)
-    try:
-        if not entry.complete:
-            _check_disk(store, budget)
-            try:
-                run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
-            except LostWorkError as error:
-                on_event(Note(f"{error}; calibrating from the first layer on"))
-                entry.restart()
-                run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
-        dead = {site: about["n_dead"] for site, about in entry.sites.items()}
-        return Sketches(spec, dead, entry.load, entry.close)
-    except BaseException:
-        entry.close()
-        raise
 
 
 def _identity(
@@ -110,13 +191,4 @@ def _check_windows(windows: NDArray[np.int32], n_vocab: int) -> None:
         raise BadInputError(
             f"the calibration text has token id {lowest if lowest < 0 else highest}, the model's vocabulary "
             f"{n_vocab} tokens: the ids are of another tokenizer"
-        )
-
-
-def _check_disk(store: Store, budget: Budget) -> None:
-    free = shutil.disk_usage(store.folder).free
-    if free < budget.peak_disk:
-        raise DoesNotFitError(
-            f"{store.folder}: calibration needs up to {format_size(budget.peak_disk)} of disk space and "
-            f"{format_size(free)} are free: make room, or choose another place with --cache"
         )
