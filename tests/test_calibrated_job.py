@@ -138,7 +138,7 @@ def test_an_importance_matrix_in_place_of_a_calibration(
         ({"calib": ["x.txt"], "imatrix": "m.gguf"}, UsageError, "takes the place"),
         ({"calib_extend": True}, UsageError, "name them with --calib"),
         ({"calib": ["short.txt"]}, BadInputError, "too short"),
-        ({"ctx": 3}, UsageError, "at least 64"),
+        ({"ctx": 3}, UsageError, "--ctx 3: a window has 64 to"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

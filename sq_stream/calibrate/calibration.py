@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.budget import Budget, make_budget, measure_layers
 from sq_stream.calibrate.forward import LostWorkError, run_forward
+from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches
-from sq_stream.calibrate.store import Store
+from sq_stream.calibrate.store import Entry, Store
 from sq_stream.calibrate.weights import LayerReader
-from sq_stream.errors import BadInputError, DoesNotFitError
+from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import find_decoder
+from sq_stream.models.layers import Site
 from sq_stream.units import format_size
 
 VERSION = 1
@@ -70,22 +73,59 @@ def calibrate(
     )
     exact, planned = (_identity(checkpoint, windows, energy, ranks) for ranks in ({}, budget.ranks))
     about = {"model": checkpoint.folder.resolve().name, "n_tokens": windows.size}
-    found = exact_up_to is None and store.has(exact)
-    entry = store.open(exact if found else planned, about, decoder.n_layer + 1, on_event)
+    steps = decoder.n_layer + 1
+
+    def begin() -> Entry:
+        found = store.find(exact, about, steps, on_event) if exact_up_to is None else None
+        return found or store.open(planned, about, steps, on_event)
+
+    def forward(entry: Entry) -> None:
+        _check_disk(entry, budget)
+        run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
+
+    return _sketches(spec, partial(_complete, begin, forward, on_event), on_event)
+
+
+def _complete(begin: Callable[[], Entry], forward: Callable[[Entry], None], on_event: OnEvent) -> Entry:
+    """The entry that `begin` opens, with all of its steps done by `forward` where they are not yet."""
+    entry = begin()
+    resumed = entry.done > 0
     try:
         if not entry.complete:
-            _check_disk(store, budget)
-            try:
-                run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
-            except LostWorkError as error:
-                on_event(Note(f"{error}; calibrating from the first layer on"))
-                entry.restart()
-                run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
-        dead = {site: about["n_dead"] for site, about in entry.sites.items()}
-        return Sketches(spec, dead, entry.load, entry.close)
+            forward(entry)
+        return entry
+    except LostWorkError as error:
+        entry.discard()
+        if not resumed:
+            raise
+        on_event(Note(f"{error}; calibrating from the first layer on"))
+        return _complete(begin, forward, on_event)
+    except BadInputError:
+        entry.discard()
+        raise
     except BaseException:
         entry.close()
         raise
+
+
+def _sketches(spec: ModelSpec, compute: Callable[[], Entry], on_event: OnEvent) -> Sketches:
+    """The statistics in the entry that `compute` finds or makes, and makes anew if they are damaged when needed."""
+    entry = compute()
+
+    def load(site: Site) -> Sketch:
+        nonlocal entry
+        try:
+            return entry.load(site)
+        except (BadInputError, StorageError) as error:
+            on_event(Note(f"{error}; calibrating anew"))
+            entry.discard()
+            entry = compute()
+            return entry.load(site)
+
+    def close() -> None:
+        entry.close()
+
+    return Sketches(spec, {site.linears: site.n_dead for site in entry.sites}, load, close)
 
 
 def _identity(
@@ -113,10 +153,10 @@ def _check_windows(windows: NDArray[np.int32], n_vocab: int) -> None:
         )
 
 
-def _check_disk(store: Store, budget: Budget) -> None:
-    free = shutil.disk_usage(store.folder).free
-    if free < budget.peak_disk:
+def _check_disk(entry: Entry, budget: Budget) -> None:
+    free, needed = shutil.disk_usage(entry.folder).free, budget.peak_disk - entry.n_bytes
+    if free < needed:
         raise DoesNotFitError(
-            f"{store.folder}: calibration needs up to {format_size(budget.peak_disk)} of disk space and "
+            f"{entry.folder}: calibration needs up to {format_size(needed)} of disk space and "
             f"{format_size(free)} are free: make room, or choose another place with --cache"
         )

@@ -17,6 +17,7 @@ from sq_stream.errors import InterruptedJobError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.checkpoint import check_finite
+from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
@@ -69,7 +70,8 @@ def _write(plan: Plan, on_event: OnEvent) -> None:
             sketches = gather(plan.statistics, plan.settings, plan.checkpoint, plan.spec, on_event)
         with sketches or nullcontext():
             _encode(plan, sketches, file, journal, checksums, on_event)
-        check_tensors(file.partial, plan.budget.tile_weights, on_event, checksums=checksums)
+        with GGUFReader.open(file.partial) as reader:
+            check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
         file.commit()
         journal.remove()
 

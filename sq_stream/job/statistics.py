@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +14,10 @@ from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Store
-from sq_stream.errors import StorageError
 from sq_stream.events import Note, OnEvent
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.metadata import Entry, string, u32
+from sq_stream.formats.storage import storage_errors
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
 from sq_stream.text.encode import Tokenizer
@@ -32,6 +31,7 @@ class Statistics:
     """What a job will use, known before it runs: the windows of its text, or an importance matrix."""
 
     windows: NDArray[np.int32] | None  # token ids [n_windows, n_ctx]
+    imatrix: Sketches | None
     digests: Mapping[str, str]  # SHA-256 of each part of the text, or of the importance matrix
     notes: tuple[str, ...] = ()
 
@@ -44,18 +44,21 @@ class Statistics:
         return entries
 
 
-def find_statistics(settings: Settings, vocabulary: Vocabulary) -> Statistics | None:
+def find_statistics(settings: Settings, spec: ModelSpec, vocabulary: Vocabulary) -> Statistics | None:
     """The statistics that these settings ask for; None for weights alone.
 
     Raises:
-        BadInputError: the text is too short or not this vocabulary's.
+        BadInputError: the text is too short or not this vocabulary's, or the importance matrix not this model's.
         StorageError: a file cannot be read.
-        UsageError: a file is not there, or the windows are too small.
+        UsageError: a file is not there, or the windows are too small or too large.
     """
     if settings.effort == "fast":
         return None
     if settings.imatrix is not None:
-        return Statistics(None, {"imatrix": _sha256(settings.imatrix)})
+        imatrix = import_imatrix(settings.imatrix, spec)
+        with storage_errors("reading", settings.imatrix):
+            digest = hashlib.sha256(settings.imatrix.read_bytes()).hexdigest()
+        return Statistics(None, imatrix, {"imatrix": digest})
     corpus = build_corpus(
         Tokenizer.open(settings.model_dir),
         vocabulary,
@@ -64,7 +67,7 @@ def find_statistics(settings: Settings, vocabulary: Vocabulary) -> Statistics | 
         extend=settings.calib_extend,
         windows=(settings.windows, *PARTS),
     )
-    return Statistics(corpus.calib, corpus.digests, corpus.notes)
+    return Statistics(corpus.calib, None, corpus.digests, corpus.notes)
 
 
 def gather(
@@ -73,12 +76,12 @@ def gather(
     """The sketches themselves; a calibration that the store lacks is computed.
 
     Raises:
-        SqStreamError: as `calibrate.calibration.calibrate` and `calibrate.imatrix.import_imatrix`.
+        SqStreamError: as `calibrate.calibration.calibrate`.
     """
-    if statistics.windows is None:
-        assert settings.imatrix is not None
-        sketches = import_imatrix(settings.imatrix, spec)
+    if statistics.imatrix is not None:
+        sketches = statistics.imatrix
     else:
+        assert statistics.windows is not None
         sketches = calibrate(
             checkpoint,
             spec,
@@ -95,10 +98,3 @@ def gather(
         site, n = next(iter(sketches.dead.items()))
         on_event(Note(f"inputs that were zero in every token: {sum(sketches.dead.values())} (at {site}: {n})"))
     return sketches
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
