@@ -137,9 +137,11 @@ def _token_ids(path: Path, n_vocab: int) -> Iterator[Ids]:
     except SqStreamError:
         raise
     except Exception as error:  # NumPy and json raise a dozen kinds for damaged files
-        raise BadInputError(f"{path}: not a list or array of token ids: {error}") from error
+        raise BadInputError(
+            f"{path}: not a list or array of token ids ({error}): give integers as a JSON list or a NumPy array"
+        ) from error
     if not sum(map(len, rows)):
-        raise BadInputError(f"{path}: holds no token ids")
+        raise BadInputError(f"{path}: holds no token ids: give a file with ids of this model's tokenizer")
     for number, row in enumerate(rows):
         outside = np.flatnonzero((row < 0) | (row >= n_vocab))
         if len(outside):

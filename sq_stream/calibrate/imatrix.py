@@ -79,12 +79,15 @@ def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
     """
     with storage_errors("reading", path), open(path, "rb") as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
-    means = _read_gguf(path) if is_gguf else _read_legacy(path)
+    with np.errstate(invalid="ignore", over="ignore"):  # found below
+        means = _read_gguf(path) if is_gguf else _read_legacy(path)
     _check_model(path, means, spec)
     sketches: dict[Site, Sketch] = {}
     for name, (mean, count) in means.items():
         if not np.isfinite(mean).all() or mean.min(initial=0) < 0:
-            raise BadInputError(f"{path}: the importance of {name} holds {mean.min()}, {mean.max()}: it is damaged")
+            raise BadInputError(
+                f"{path}: the importance of {name} holds {mean.min()}, {mean.max()}: it is damaged, collect it anew"
+            )
         if count > 0:
             sketches[(name.removesuffix(".weight"),)] = Sketch.diagonal_only(mean, count)
     if not any(mean.any() for mean, count in means.values() if count > 0):
@@ -109,7 +112,7 @@ def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
         if counts is None or counts.size != 1 or len(sums) != 1:
             raise BadInputError(f"{path}: {name} has no single count of tokens; mixtures of experts are not supported")
         if not 0 <= counts.item() < 2**63:
-            raise BadInputError(f"{path}: {name} was seen by {counts.item()} tokens: it is damaged")
+            raise BadInputError(f"{path}: {name} was seen by {counts.item()} tokens: it is damaged, collect it anew")
         count = int(counts.item())
         means[name] = sums[0] / np.float32(max(count, 1)), count
     return means
@@ -123,13 +126,17 @@ def _read_legacy(path: Path) -> dict[str, tuple[Array, int]]:
 
         def take(n: int) -> bytes:
             if n > n_bytes - file.tell():
-                raise BadInputError(f"{path} is neither a GGUF file nor a whole importance matrix of the older format")
+                raise BadInputError(
+                    f"{path} is no GGUF file and no whole importance matrix of the older format: collect it anew"
+                )
             return file.read(n)
 
         def integer(lowest: int, highest: int) -> int:
             (value,) = struct.unpack("<i", take(4))
             if not lowest <= value <= highest:
-                raise BadInputError(f"{path} is no importance matrix: {value} at byte {file.tell() - 4} is no size")
+                raise BadInputError(
+                    f"{path} is no importance matrix: {value} at byte {file.tell() - 4} is no size; collect it anew"
+                )
             return int(value)
 
         for _ in range(integer(1, 2**20)):

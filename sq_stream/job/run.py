@@ -89,7 +89,12 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
     partial = partial_path(output)
     resumable = journal_path.exists() and partial.exists() and not plan.settings.fresh
     if not resumable:
-        return GGUFFile.create(output, plan.layout), Journal.create(journal_path, identity)
+        file = GGUFFile.create(output, plan.layout)
+        try:
+            return file, Journal.create(journal_path, identity)
+        except BaseException:
+            file.abandon()
+            raise
     journal = Journal.open(journal_path)
     differing = [key for key in identity if journal.header.get(key) != identity[key]]
     if differing:

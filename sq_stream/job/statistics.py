@@ -14,6 +14,7 @@ from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Store
+from sq_stream.errors import UsageError
 from sq_stream.events import Note, OnEvent
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.metadata import Entry, string, u32
@@ -55,6 +56,8 @@ def find_statistics(settings: Settings, spec: ModelSpec, vocabulary: Vocabulary)
     if settings.effort == "fast":
         return None
     if settings.imatrix is not None:
+        if not settings.imatrix.exists():
+            raise UsageError(f"{settings.imatrix}: no such importance matrix")
         imatrix = import_imatrix(settings.imatrix, spec)
         with storage_errors("reading", settings.imatrix):
             digest = hashlib.sha256(settings.imatrix.read_bytes()).hexdigest()
