@@ -200,6 +200,17 @@ def test_records_of_another_version_are_not_believed(
     assert_same_bits(sketches, expected)
 
 
+def test_a_journal_without_its_records_is_not_taken_for_a_beginning(
+    model: Model, finished: Path, expected: dict[str, Sketch], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "cache")
+    journal = entry_of(tmp_path / "cache") / "journal"
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    sketches, notes = run(model, tmp_path / "cache")
+    assert notes[0].endswith("knows of no finished layer; calibrating anew")
+    assert_same_bits(sketches, expected)
+
+
 def test_what_little_memory_computes_is_not_kept_for_the_exact_statistics(
     model: Model, finished: Path, expected: dict[str, Sketch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

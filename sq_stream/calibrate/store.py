@@ -233,13 +233,15 @@ def _open_sound(folder: Path, header: Mapping[str, Any]) -> Journal | None:
         BadInputError: it is not what `header` says, or a sketch does not have its checksum.
         StorageError: reading fails.
     """
-    path = folder / JOURNAL
-    if not path.exists() and not any(folder.glob("*.sketch")):
-        return None
+    path, has_sketches = folder / JOURNAL, any(folder.glob("*.sketch"))
     if not path.exists():
-        raise BadInputError(f"{path} is missing")
+        if has_sketches:
+            raise BadInputError(f"{path} is missing")
+        return None
     journal = Journal.open(path)
     try:
+        if has_sketches and not journal.records:
+            raise BadInputError(f"{path} knows of no finished layer")
         same = all(journal.header.get(key) == header[key] for key in ("calibration", "steps"))
         if not same or len(journal.records) > header["steps"]:
             raise BadInputError(f"{journal.path} is of another calibration")
