@@ -91,13 +91,13 @@ def calibrate(
     if imatrix_out is not None:
         check_place(Path(imatrix_out))
     job = plan(model_dir, **options)
-    if job.statistics is None or job.statistics.windows is None:
+    if job.statistics is None or job.calibration is None:
         raise UsageError("there is nothing to calibrate with --effort fast or --imatrix")
     for note in job.notes:
         on_event(Note(note))
-    with job.checkpoint, gather(job.statistics, job.settings, job.checkpoint, job.spec, on_event) as sketches:
+    with job.checkpoint, gather(job.statistics, job.settings, job.spec, on_event) as sketches:
         if imatrix_out is not None:
-            n_windows, n_ctx = job.statistics.windows.shape
+            n_windows, n_ctx = job.calibration.windows.shape
             datasets = [str(path) for path in job.settings.calib] or ["sq-stream calib360"]
             export_imatrix(Path(imatrix_out), sketches, n_windows=n_windows, n_ctx=n_ctx, datasets=datasets)
 

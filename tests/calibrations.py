@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import tiny_models
 
-from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.calibration import plan_calibration
 from sq_stream.calibrate.sketch import Sketch
+from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Store
 from sq_stream.events import Event, Note, OnEvent, Progress, ignore
 from sq_stream.formats.checkpoint import Checkpoint
@@ -21,15 +22,25 @@ BATCH_TOKENS = 120  # three windows to a batch: four batches
 OPTIONS = {"max_ram": 2**30, "threads": 2}
 
 
+Model = tuple[Checkpoint, ModelSpec]
+
+
+def calibrate(
+    model: Model, folder: Path, windows: np.ndarray = WINDOWS, *, on_event: OnEvent = ignore, **options: Any
+) -> Sketches:
+    """The result of a calibration with `folder` as its store."""
+    return plan_calibration(*model, windows, Store(folder), **{**OPTIONS, **options}).run(on_event)
+
+
 def run(
-    model: tuple[Checkpoint, ModelSpec],
+    model: Model,
     folder: Path,
     windows: np.ndarray = WINDOWS,
     *,
     on_event: OnEvent = ignore,
     **options: Any,
 ) -> tuple[dict[str, Sketch], list[str]]:
-    """Sketches by name, and the notes, of a calibration with `folder` as its store."""
+    """Sketches by name, and the notes, of the same."""
     notes: list[str] = []
 
     def listen(event: Event) -> None:
@@ -37,7 +48,7 @@ def run(
             notes.append(event.text)
         on_event(event)
 
-    with calibrate(*model, windows, Store(folder), **{**OPTIONS, **options}, on_event=listen) as sketches:
+    with calibrate(model, folder, windows, on_event=listen, **options) as sketches:
         return dict(sketches), notes
 
 

@@ -17,9 +17,10 @@ from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.cli import cli
 from sq_stream.demo import model_folder
 from sq_stream.demo.generate import read_model
-from sq_stream.errors import BadInputError, UsageError
+from sq_stream.errors import BadInputError, DoesNotFitError, UsageError
 from sq_stream.events import Event, Note, StageStarted, TensorFinished
 from sq_stream.models.forward import forward
+from sq_stream.quantize.metric import DenseMetric
 from sq_stream.text.encode import Tokenizer
 from sq_stream.text.vocabulary import read_vocabulary
 
@@ -70,18 +71,54 @@ def stages(events: list[Event]) -> list[str]:
     return [e.stage for e in events if isinstance(e, StageStarted)]
 
 
+@pytest.fixture(scope="module")
+def kl(heldout: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], float]:
+    """Mean KL divergence of a file's predictions from those of the BF16 model."""
+    path = tmp_path_factory.mktemp("bf16") / "bf16.gguf"
+    api.quantize(MODEL, path, recipe="bf16", effort="fast")
+    p = log_probabilities(path, heldout)
+    return lambda path: float((np.exp(p) * (p - log_probabilities(path, heldout))).sum(axis=-1).mean())
+
+
 def test_shaping_loses_less_than_rounding_on_text_it_has_not_seen(
-    shaped: Path, quantize: Callable[..., list[Event]], heldout: np.ndarray, tmp_path: Path
+    shaped: Path, kl: Callable[[Path], float], tmp_path: Path
 ) -> None:
-    api.quantize(MODEL, tmp_path / "bf16.gguf", recipe="bf16", effort="fast")
-    api.quantize(MODEL, tmp_path / "fast.gguf", pure=True, effort="fast")
-    p = log_probabilities(tmp_path / "bf16.gguf", heldout)
-    kl = {
-        path.stem: (np.exp(p) * (p - log_probabilities(path, heldout))).sum(axis=-1).mean()
-        for path in (tmp_path / "fast.gguf", shaped)
-    }
-    assert shaped.stat().st_size - (tmp_path / "fast.gguf").stat().st_size < 1000  # only the metadata differs
-    assert 0 < kl["shaped"] < 0.9 * kl["fast"]
+    fast = tmp_path / "fast.gguf"
+    api.quantize(MODEL, fast, pure=True, effort="fast")
+    assert shaped.stat().st_size - fast.stat().st_size < 1000  # only the metadata differs
+    assert 0 < kl(shaped) < 0.9 * kl(fast)
+
+
+def test_the_smallest_memory_that_the_plan_names_works(
+    quantize: Callable[..., list[Event]],
+    shaped: Path,
+    kl: Callable[[Path], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is so small that wide sites are sketched, and shaped without a matrix."""
+    path, options = tmp_path / "x.gguf", {"cache": tmp_path / "cache"}
+
+    with pytest.raises(DoesNotFitError) as refusal:
+        quantize(path, pure=True, max_ram="64M", **options)
+    n = int(str(refusal.value).rsplit(maxsplit=1)[1].removesuffix("M"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DoesNotFitError, match=f"--max-ram {n}M"):
+        quantize(path, pure=True, max_ram=f"{n - 1}M", **options)
+    planned = api.plan(MODEL, path, pure=True, max_ram=f"{n}M", windows=WINDOWS, **options)
+    assert planned.calibration is not None
+    assert planned.calibration.ranks == {512: 128}
+    assert planned.budget.peak_ram <= n * 2**20
+    widths = []
+    dense = DenseMetric.__init__
+    monkeypatch.setattr(DenseMetric, "__init__", lambda self, a, *rest: widths.append(len(a)) or dense(self, a, *rest))
+    quantize(path, pure=True, max_ram=f"{n}M", **options)
+    assert set(widths) == {256}
+    assert kl(path) < 1.1 * kl(shaped)
+    assert stages(quantize(path, max_ram=f"{n}M", overwrite=True, recipe="q6_k", pure=True, **options)) == [
+        "encode",
+        "verify",
+    ]
 
 
 @pytest.mark.parametrize("options", [{"threads": 1}, {"max_ram": "700M"}])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny_models
-from calibrations import BATCH_TOKENS, OPTIONS, WINDOWS, Stop, assert_same_bits, run
+from calibrations import BATCH_TOKENS, OPTIONS, WINDOWS, Stop, assert_same_bits, calibrate, run
 from gguf_files import describe
 
 from sq_stream.calibrate import budget as budgets
 from sq_stream.calibrate import calibration, weights
-from sq_stream.calibrate.budget import FIXED_BYTES, make_budget, measure_layers
-from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.budget import FIXED_BYTES, rank_choices
+from sq_stream.calibrate.calibration import plan_calibration
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.store import Store
-from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError
 from sq_stream.events import Progress, StageStarted
 from sq_stream.formats.checkpoint import Checkpoint
@@ -72,7 +71,7 @@ def test_threads_and_memory_do_not_change_a_bit(open_model, tmp_path, monkeypatc
     assert_same_bits(run(model, tmp_path / "b", threads=4)[0], expected)
     reads = []
     monkeypatch.setattr(weights, "is_large", lambda shape: len(shape) == 2 and shape[1] > 8)
-    monkeypatch.setattr(calibration, "make_budget", lambda *args, **_: budgets.Budget(2, False, {}, 0, 0))
+    monkeypatch.setattr(calibration, "budgets", lambda *args, **_: [budgets.Budget(2, False, {}, 0, 0)])
     monkeypatch.setattr(
         weights.RowsOnDisk, "__getitem__", lambda self, rows, read=weights.RowsOnDisk.__getitem__: (
             reads.append(self.tensor.name) or read(self, rows)
@@ -177,7 +176,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, tensor, value, words):
 
 
 def test_linears_without_data_are_neutral_and_named(open_model, tmp_path):
-    with calibrate(*open_model("qwen35_mtp"), WINDOWS, Store(tmp_path), **OPTIONS) as sketches:
+    with calibrate(open_model("qwen35_mtp"), tmp_path) as sketches:
         assert set(sketches.unseen) == {
             f"blk.4.{name}.weight"
             for name in (
@@ -197,7 +196,7 @@ def test_dead_channels_are_counted(tmp_path):
     folder = tiny_models.write_checkpoint(tmp_path / "model", config, tensors)
     with (
         Checkpoint.open(folder) as checkpoint,
-        calibrate(checkpoint, describe(checkpoint), WINDOWS, Store(tmp_path / "cache"), **OPTIONS) as sketches,
+        calibrate((checkpoint, describe(checkpoint)), tmp_path / "cache") as sketches,
     ):
         assert sketches.dead == {"blk.0.ffn_down.weight": 3, "token_embd.weight": 1}
         assert np.flatnonzero(sketches["blk.0.ffn_down.weight"].diagonal() == 0).tolist() == [7, 8, 9]
@@ -212,16 +211,14 @@ def test_progress_is_told_in_tokens(open_model, tmp_path):
     assert done[-1] == WINDOWS.size
 
 
-def test_budgets_give_up_threads_first_and_exactness_last(open_model, monkeypatch):
+def test_budgets_give_up_threads_first_and_exactness_last(open_model, tmp_path, monkeypatch):
     monkeypatch.setattr(budgets, "is_large", lambda shape: len(shape) == 2 and shape[1] > 8)
     monkeypatch.setattr(budgets, "TILE_WEIGHTS", 2**10)
     monkeypatch.setattr(budgets, "RANKS", (64, 16))
-    checkpoint, spec = open_model("qwen35")
-    reader = LayerReader(spec, checkpoint)
-    layers = measure_layers(find_decoder(spec.arch, spec.metadata), reader)
+    model, store = open_model("qwen35"), Store(tmp_path)
 
     def budget_for(max_ram):
-        return make_budget(layers, (11, 40), reader.n_embd, max_ram=max_ram, threads=8)
+        return plan_calibration(*model, WINDOWS, store, max_ram=max_ram, threads=8).budget
 
     plenty = budget_for(2**30)
     assert (plenty.threads, plenty.resident, plenty.ranks) == (8, True, {})
@@ -242,11 +239,25 @@ def test_budgets_give_up_threads_first_and_exactness_last(open_model, monkeypatc
     assert exact == sorted(exact)
 
 
+def only_sketched(ranks):
+    """Bytes of a use that has no room for an exact matrix of 512 × 512 values."""
+    return 0 if 512 in ranks else 2**40
+
+
+def test_what_comes_after_a_calibration_must_fit_too(open_model, tmp_path):
+    model, store = open_model("llama"), Store(tmp_path)
+    with pytest.raises(DoesNotFitError, match=r"smallest that works is --max-ram 5000M"):
+        plan_calibration(*model, WINDOWS, store, **OPTIONS, afterwards=lambda ranks: 5000 * 2**20)
+    planned = plan_calibration(*model, WINDOWS, store, **OPTIONS, afterwards=only_sketched)
+    assert planned.ranks == {512: 128}
+    assert planned.ranks in rank_choices(planned.layers, planned.reader.n_embd)
+
+
 def test_sketched_sites_still_calibrate(open_model, tmp_path):
     """The narrow sketch of a wide site: its strongest directions, and the diagonal exactly."""
     model = open_model("llama")
     exact, _ = run(model, tmp_path / "exact")
-    sketched, _ = run(model, tmp_path / "sketched", exact_up_to=256)
+    sketched, _ = run(model, tmp_path / "sketched", afterwards=only_sketched)
     for name, sketch in sketched.items():
         if name.endswith("ffn_down.weight"):
             assert sketch.rank == 128
@@ -259,15 +270,34 @@ def test_sketched_sites_still_calibrate(open_model, tmp_path):
     assert len(Store(tmp_path / "sketched").list()) == 1
 
 
-def test_exact_sketches_are_used_where_only_narrow_ones_would_fit(open_model, tmp_path, monkeypatch):
+def test_what_the_store_has_needs_no_memory_to_compute(open_model, tmp_path):
     model = open_model("llama")
     expected, _ = run(model, tmp_path)
-    monkeypatch.setattr(calibration, "make_budget", lambda *args, **_: budgets.Budget(2, True, {512: 128}, 0, 0))
-    assert_same_bits(run(model, tmp_path)[0], expected)
+    planned = plan_calibration(*model, WINDOWS, Store(tmp_path), max_ram=2**20, threads=2)
+    assert (planned.found, planned.peak_ram, planned.n_tokens, planned.ranks) == (True, 0, 0, {})
+    assert_same_bits(run(model, tmp_path, max_ram=2**20)[0], expected)
+    with pytest.raises(DoesNotFitError, match="too small for this model"):
+        run(model, tmp_path / "empty", max_ram=2**20)
+
+
+def test_a_narrow_sketch_is_used_where_an_exact_one_cannot_be(open_model, tmp_path):
+    model = open_model("llama")
+    run(model, tmp_path)
+    expected, _ = run(model, tmp_path, afterwards=only_sketched)
+    assert_same_bits(run(model, tmp_path, max_ram=2**20, afterwards=only_sketched)[0], expected)
+    assert len(Store(tmp_path).list()) == 2
+
+
+def test_what_is_found_damaged_and_cannot_be_computed_again_is_refused(open_model, tmp_path):
+    model = open_model("llama")
+    run(model, tmp_path)
+    next(tmp_path.rglob("blk.1.ffn_gate.sketch")).unlink()
+    with pytest.raises(DoesNotFitError, match="computing it again"):
+        run(model, tmp_path, max_ram=2**20)
 
 
 def test_sketches_of_one_site_are_read_once(open_model, tmp_path):
-    with calibrate(*open_model("llama"), WINDOWS, Store(tmp_path), **OPTIONS) as sketches:
+    with calibrate(open_model("llama"), tmp_path) as sketches:
         assert sketches["blk.0.attn_q.weight"] is sketches["blk.0.attn_v.weight"]
         assert isinstance(sketches["blk.0.ffn_down.weight"], Sketch)
         with pytest.raises(KeyError):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
-from calibrations import BATCH_TOKENS, OPTIONS, WINDOWS, Stop, assert_same_bits, run
+from calibrations import BATCH_TOKENS, WINDOWS, Model, Stop, assert_same_bits, calibrate, run
 from gguf_files import describe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,6 @@ from threadpoolctl import threadpool_limits
 
 from sq_stream.calibrate import budget as budgets
 from sq_stream.calibrate import calibration
-from sq_stream.calibrate.calibration import calibrate
 from sq_stream.calibrate.sketch import Sketch, read_sketch
 from sq_stream.calibrate.store import Store
 from sq_stream.demo import model_folder
@@ -33,9 +32,6 @@ from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError
 from sq_stream.events import Event, Note
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.journal import Journal
-from sq_stream.models.base import ModelSpec
-
-Model = tuple[Checkpoint, ModelSpec]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,7 +140,7 @@ def test_what_is_damaged_while_it_is_in_use_is_computed_again(
 ) -> None:
     shutil.copytree(finished, tmp_path / "cache")
     events: list[Event] = []
-    with calibrate(*model, WINDOWS, Store(tmp_path / "cache"), **OPTIONS, on_event=events.append) as sketches:
+    with calibrate(model, tmp_path / "cache", on_event=events.append) as sketches:
         damage(entry_of(tmp_path / "cache"))
         assert_same_bits(sketches, expected)
     assert [e for e in events if isinstance(e, Note) and ".sketch" in e.text and "calibrating anew" in e.text]
@@ -211,23 +207,8 @@ def test_a_journal_without_its_records_is_not_taken_for_a_beginning(
     assert_same_bits(sketches, expected)
 
 
-def test_what_little_memory_computes_is_not_kept_for_the_exact_statistics(
-    model: Model, finished: Path, expected: dict[str, Sketch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exact sketches are damaged when only narrow ones can be computed."""
-    shutil.copytree(finished, tmp_path / "cache")
-    with (entry_of(tmp_path / "cache") / "blk.1.ffn_gate.sketch").open("ab") as file:
-        file.write(b"more")
-    with monkeypatch.context() as patch:
-        patch.setattr(calibration, "make_budget", lambda *args, **_: budgets.Budget(2, True, {512: 128}, 0, 0))
-        sketches, notes = run(model, tmp_path / "cache")
-    assert "calibrating anew" in notes[0]
-    assert sketches["blk.0.ffn_down.weight"].rank == 128
-    assert_same_bits(run(model, tmp_path / "cache")[0], expected)
-
-
 def test_two_at_once_are_refused(model: Model, tmp_path: Path) -> None:
-    with calibrate(*model, WINDOWS, Store(tmp_path), **OPTIONS):
+    with calibrate(model, tmp_path):
         with pytest.raises(InterruptedJobError, match="another process is at work"):
             run(model, tmp_path)
         with pytest.raises(InterruptedJobError, match="another process is at work"):
@@ -296,7 +277,7 @@ def test_space_that_the_calibration_takes_itself_is_not_missing(
 ) -> None:
     shutil.copytree(interrupted, tmp_path / "cache")
     needed = 2 * 4 * WINDOWS.size * 192
-    monkeypatch.setattr(calibration, "make_budget", lambda *args, **_: budgets.Budget(2, True, {}, 0, needed))
+    monkeypatch.setattr(calibration, "budgets", lambda *args, **_: [budgets.Budget(2, True, {}, 0, needed)])
     free = needed - Store(tmp_path / "cache").list()[0].n_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
     assert_same_bits(run(model, tmp_path / "cache")[0], expected)

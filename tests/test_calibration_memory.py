@@ -1,11 +1,13 @@
-"""Peak memory of calibrating a real checkpoint.
+"""Peak memory of calibrating and shaping a real checkpoint.
 
 SQ_REFERENCE_MODEL names the checkpoint folder (several: separated by the system's path separator).
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ CALIBRATE = """
 import sys
 from pathlib import Path
 import numpy as np
-from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.calibration import plan_calibration
 from sq_stream.calibrate.store import Store
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models import find
@@ -27,7 +29,8 @@ with Checkpoint.open(Path(folder)) as checkpoint:
     spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes)
     n_vocab = next(t.n_rows for t in spec.tensors if t.name == "token_embd.weight")
     windows = np.random.RandomState(0).randint(0, n_vocab, (24, 512)).astype(np.int32)
-    with calibrate(checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2) as sketches:
+    planned = plan_calibration(checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2)
+    with planned.run() as sketches:
         assert not sketches.unseen
 """
 
@@ -44,3 +47,16 @@ def test_calibration_keeps_to_its_memory(model: Path, max_ram: int, tmp_path: Pa
     run = run_measured([sys.executable, "-c", CALIBRATE, str(model), str(tmp_path), str(max_ram)])
     assert run.exit_code == 0, run.log
     assert run.peak_bytes <= max_ram, f"peak of {run.peak_bytes / 2**20:.1f} MiB"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("max_ram", ["512M", "1G"])
+def test_a_calibrated_job_keeps_to_its_plan(model: Path, max_ram: str, tmp_path: Path) -> None:
+    """One layer shaped, for time: memory does not grow with their number."""
+    options = [str(model), "--windows", "8", "--max-ram", max_ram, "--cache", str(tmp_path / "cache")]
+    options += ["--tensor-type", r"^(token_embd|output)\.|blk\.([1-9]|\d\d)\.=bf16"]
+    plan = [sys.executable, "-m", "sq_stream", "plan", *options, "--json"]
+    planned = json.loads(subprocess.run(plan, capture_output=True, check=True).stdout)["peak_ram"]
+    run = run_measured([sys.executable, "-m", "sq_stream", "quantize", *options, "-o", str(tmp_path / "x.gguf")])
+    assert run.exit_code == 0, run.log
+    assert run.peak_bytes <= planned, f"peak of {run.peak_bytes / 2**20:.1f} MiB, {planned / 2**20:.1f} MiB planned"

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sq_stream.calibrate.moments import PANEL, ExactMoment, Moment, SketchedMoment
+from sq_stream.calibrate.moments import ExactMoment, Moment, Needs, SketchedMoment
 from sq_stream.calibrate.ordered import InOrder
+from sq_stream.calibrate.sketch import PANEL
 from sq_stream.calibrate.weights import LayerReader, is_large, zeros
-from sq_stream.errors import DoesNotFitError
 from sq_stream.models.forward import Decoder
-from sq_stream.models.layers import TILE_WEIGHTS, Site
-from sq_stream.units import format_size
+from sq_stream.models.layers import TILE_WEIGHTS, Array, Site
+from sq_stream.parallel import Workers
 
 MIB = 2**20
 
 BATCH_TOKENS = 2048
 """Tokens of the windows that are computed together: fixed, so that results depend neither on threads nor memory."""
-FIXED_BYTES = 256 * MIB
+FIXED_BYTES = 144 * MIB
 """Resident bytes before anything of the model: interpreter, NumPy, tokenizers and what their allocators keep."""
-BLAS_BYTES = 24 * MIB
+BLAS_BYTES = 12 * MIB
 """Packed panels that BLAS keeps for each thread."""
 RANKS = (2048, 1024, 512, 256, 128)
 """Of the sketches of sites whose exact second moment does not fit."""
-_QUERY_HEADS = 16  # that share one key head, at most: their scores are one tile
-_MEASURED_TOKENS = (16, 48)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer needs, measured on a few tokens of zeros."""
+    """What one layer needs, measured on a batch of zeros; bytes of activations are those besides the layer's input."""
 
     sites: tuple[tuple[Site, int], ...]  # with the values of an activation vector, in the order of observation
-    bytes_per_token: int  # of activations, at the peak
+    observing: tuple[int, ...]  # bytes of activations while each site is observed
+    activations: int  # bytes, at the peak
     weights: int  # values in its tensors
     small_weights: int  # values in those that are always in memory
 
@@ -56,83 +54,73 @@ class Budget:
         return SketchedMoment(n_in, self.ranks[n_in], order) if n_in in self.ranks else ExactMoment(n_in, order)
 
 
-def measure_layers(decoder: Decoder, reader: LayerReader) -> list[Layer]:
-    """Every layer's needs, in order; layers with the same tensors are measured once."""
+def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[Layer]:
+    """Every layer's needs with windows of `n_ctx` tokens, in order; layers with the same tensors are measured once."""
     known: dict[object, Layer] = {}
     layers = []
-    for i in range(decoder.n_layer):
-        shapes = reader.shapes(i)
-        key = tuple(shapes.items())
-        if key not in known:
-            known[key] = _measure(decoder, i, shapes)
-        layers.append(known[key])
+    with Workers(1):
+        for i in range(decoder.n_layer):
+            shapes = reader.shapes(i)
+            key = tuple(shapes.items())
+            if key not in known:
+                known[key] = _measure(decoder, i, shapes, (windows_per_batch(n_ctx), n_ctx))
+            layers.append(known[key])
     return layers
 
 
-def _measure(decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
+def _measure(decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]], windows: tuple[int, int]) -> Layer:
     weights = zeros(shapes)
-    n_embd = shapes["attn_norm.weight"][0]
+    x = np.zeros((*windows, shapes["attn_norm.weight"][0]), np.float32)
     sites: dict[Site, int] = {}
-    peaks = []
+    observing: list[int] = []
+
+    def allocated() -> int:
+        return tracemalloc.get_traced_memory()[0]
+
+    def observe(site: Site, x: Array) -> None:
+        sites[site] = x.shape[-1]
+        observing.append(allocated() - before)
+
     already_tracing = tracemalloc.is_tracing()
     tracemalloc.start()
-    for n in _MEASURED_TOKENS:
-        x = np.zeros((1, n, n_embd), np.float32)
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        with np.errstate(all="ignore"):  # zeros are no sensible weights
-            decoder.layer(x, weights, i, lambda site, x: sites.update({site: x.shape[-1]}))
-        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.reset_peak()
+    before = allocated()
+    with np.errstate(all="ignore"):  # zeros are no sensible weights
+        decoder.layer(x, weights, i, observe)
+    activations = tracemalloc.get_traced_memory()[1] - before
     if not already_tracing:
         tracemalloc.stop()
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     return Layer(
         sites=tuple(sites.items()),
-        bytes_per_token=-(-(peaks[1] - peaks[0]) // (_MEASURED_TOKENS[1] - _MEASURED_TOKENS[0])),
+        observing=tuple(observing),
+        activations=activations,
         weights=sum(sizes.values()),
         small_weights=sum(n for name, n in sizes.items() if not is_large(shapes[name])),
     )
 
 
-def make_budget(
-    layers: Sequence[Layer],
-    windows: tuple[int, ...],
-    n_embd: int,
-    *,
-    max_ram: int,
-    threads: int,
-    exact_up_to: int | None = None,
-) -> Budget:
-    """The most accurate way to run within `max_ram` bytes, and of those the fastest.
+def budgets(
+    layers: Sequence[Layer], windows: tuple[int, ...], n_embd: int, *, ranks: Mapping[int, int], threads: int
+) -> Iterator[Budget]:
+    """All ways to run with sketches of these ranks, the fastest first.
 
     Args:
         layers: from `measure_layers`.
         windows: number of windows of text, tokens of each.
         n_embd: values of the residual stream.
-        max_ram: bytes of resident memory that the process may use at its peak.
+        ranks: one of `rank_choices`.
         threads: at most.
-        exact_up_to: the widest site that may be exact; None: any.
-
-    Raises:
-        DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
     n_windows, n_ctx = windows
     batch_tokens = n_ctx * windows_per_batch(n_ctx)
     peak_disk = 2 * 4 * n_windows * n_ctx * n_embd + sum(
         _file_bytes(width) for layer in layers for _, width in layer.sites
     )
-    smallest = sys.maxsize
-    for ranks in _rank_choices(layers, n_embd, exact_up_to):
-        for n_threads in range(threads, 0, -1):
-            for resident in (True, False):
-                peak = _peak(layers, ranks, n_threads, resident, batch_tokens, n_ctx, n_embd)
-                if peak <= max_ram:
-                    return Budget(n_threads, resident, ranks, peak, peak_disk)
-                smallest = min(smallest, peak)
-    raise DoesNotFitError(
-        f"--max-ram {format_size(max_ram)} is too small to calibrate this model with windows of {n_ctx} tokens: "
-        f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
-    )
+    for n_threads in range(threads, 0, -1):
+        for resident in (True, False):
+            peak_ram = _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd)
+            yield Budget(n_threads, resident, ranks, peak_ram, peak_disk)
 
 
 def windows_per_batch(n_ctx: int) -> int:
@@ -140,13 +128,11 @@ def windows_per_batch(n_ctx: int) -> int:
     return max(1, BATCH_TOKENS // n_ctx)
 
 
-def _rank_choices(layers: Sequence[Layer], n_embd: int, exact_up_to: int | None) -> Iterator[dict[int, int]]:
-    """From all sites exact to all of them narrow sketches, the widest giving way first."""
+def rank_choices(layers: Sequence[Layer], n_embd: int) -> Iterator[dict[int, int]]:
+    """`Budget.ranks` from all sites exact to all of them narrow sketches, the widest giving way first."""
     widths = sorted({n_embd} | {width for layer in layers for _, width in layer.sites}, reverse=True)
-    too_wide = 0 if exact_up_to is None else sum(width > exact_up_to for width in widths)
-    if not too_wide:
-        yield {}
-    for n_sketched in range(max(too_wide, 1), len(widths) + 1):
+    yield {}
+    for n_sketched in range(1, len(widths) + 1):
         for rank in RANKS:
             ranks = {width: rank for width in widths[:n_sketched] if 2 * rank < width}
             if ranks:
@@ -154,37 +140,26 @@ def _rank_choices(layers: Sequence[Layer], n_embd: int, exact_up_to: int | None)
 
 
 def _peak(
-    layers: Sequence[Layer],
-    ranks: Mapping[int, int],
-    threads: int,
-    resident: bool,
-    batch_tokens: int,
-    n_ctx: int,
-    n_embd: int,
+    layers: Sequence[Layer], ranks: Mapping[int, int], threads: int, resident: bool, batch_tokens: int, n_embd: int
 ) -> int:
     """Resident bytes at the peak of the worst layer."""
-    chunk = 3 * 4 * batch_tokens * n_embd  # the residual stream: as it comes from disk, in planes, as values
-    attention = 128 * n_ctx * (4 * _QUERY_HEADS + 24)
+    chunk = 4 * batch_tokens * n_embd  # of the residual stream; three times while it is read or written
     tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
     worst = 0
     for layer in layers:
-        widths = [width for _, width in layer.sites]
+        moments = [_needs(width, ranks, batch_tokens) for _, width in layer.sites]
         weights = 4 * (layer.weights if resident else layer.small_weights)
-        moments = sum(_resident_bytes(width, ranks) for width in widths)
-        adding = max(_working_bytes(width, ranks) for width in widths)
-        activations = layer.bytes_per_token * batch_tokens + attention
-        finishing = max(threads, 1) * 24 * PANEL * max(widths)
-        working = threads * (activations + chunk + adding + tile + BLAS_BYTES)
-        worst = max(worst, weights + moments + max(working, finishing))
+        sums = sum(moment.resident for moment in moments)
+        observing = max(own + moment.adding for own, moment in zip(layer.observing, moments, strict=True))
+        activations = max(layer.activations + tile, observing, 2 * chunk) + chunk
+        computing = activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
+        finishing = sum(sorted(moment.finishing for moment in moments)[-threads:])
+        worst = max(worst, weights + sums + max(threads * computing, finishing))
     return FIXED_BYTES + worst
 
 
-def _resident_bytes(width: int, ranks: Mapping[int, int]) -> int:
-    return SketchedMoment.resident_bytes(width, ranks[width]) if width in ranks else ExactMoment.resident_bytes(width)
-
-
-def _working_bytes(width: int, ranks: Mapping[int, int]) -> int:
-    return SketchedMoment.working_bytes(width, ranks[width]) if width in ranks else ExactMoment.working_bytes(width)
+def _needs(width: int, ranks: Mapping[int, int], n: int) -> Needs:
+    return SketchedMoment.needs(width, ranks[width], n) if width in ranks else ExactMoment.needs(width)
 
 
 def _file_bytes(width: int) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.calibrate.budget import Budget, make_budget, measure_layers
+from sq_stream.calibrate.budget import MIB, Budget, Layer, budgets, measure_layers, rank_choices
 from sq_stream.calibrate.forward import LostWorkError, run_forward
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches
@@ -21,7 +22,7 @@ from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.base import ModelSpec
-from sq_stream.models.forward import find_decoder
+from sq_stream.models.forward import Decoder, find_decoder
 from sq_stream.models.layers import Site
 from sq_stream.units import format_size
 
@@ -29,7 +30,124 @@ VERSION = 1
 """Of the maths and the file format: sketches of another one are not used."""
 
 
-def calibrate(
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibration that the store has or that can be computed; made by `plan_calibration`."""
+
+    spec: ModelSpec
+    reader: LayerReader
+    decoder: Decoder
+    layers: Sequence[Layer]
+    windows: NDArray[np.int32]
+    store: Store
+    identity: Mapping[str, Any]  # everything that the sketches depend on
+    model: str  # name of the checkpoint's folder
+    ranks: Mapping[int, int]  # width of a site -> rank of its sketch, for sites that are not exact
+    found: bool  # in the store
+    budget: Budget | None  # of computing it; None: it does not fit
+
+    @property
+    def pending(self) -> Budget | None:
+        """How it will be computed; None if there is nothing to compute."""
+        return None if self.found else self.budget
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to compute."""
+        return self.windows.size if self.pending else 0
+
+    @property
+    def peak_ram(self) -> int:
+        """Resident bytes at the peak of computing it."""
+        return self.pending.peak_ram if self.pending else 0
+
+    @property
+    def peak_disk(self) -> int:
+        """Bytes that computing it puts into the store's folder, at the peak."""
+        return self.pending.peak_disk if self.pending else 0
+
+    def check_disk(self) -> None:
+        """Make sure that there is room for what is to be computed.
+
+        Raises:
+            DoesNotFitError: the disk is too small.
+        """
+        folder = next(path for path in (self.store.folder, *self.store.folder.absolute().parents) if path.exists())
+        free, needed = shutil.disk_usage(folder).free, self.peak_disk - self.store.n_bytes(self.identity)
+        if free < needed:
+            raise DoesNotFitError(
+                f"{self.store.folder}: calibration needs up to {format_size(needed)} of disk space and "
+                f"{format_size(free)} are free: make room, or choose another place with --cache"
+            )
+
+    def run(self, on_event: OnEvent = ignore) -> Sketches:
+        """The sketches, computed only if the store does not have them, and again if they are damaged when needed.
+
+        Raises:
+            BadInputError: NaN or infinite weights or activations.
+            DoesNotFitError: the disk is too small, or the memory after all, for what was found is damaged.
+            InterruptedJobError: another process is computing the same.
+            StorageError: reading or writing failed; finished layers are kept.
+        """
+        entry = self._complete(on_event)
+
+        def load(site: Site) -> Sketch:
+            nonlocal entry
+            try:
+                return entry.load(site)
+            except (BadInputError, StorageError) as error:
+                on_event(Note(f"{error}; calibrating anew"))
+                entry.discard()
+                entry = self._complete(on_event)
+                return entry.load(site)
+
+        def close() -> None:
+            entry.close()
+
+        return Sketches(self.spec, {site.linears: site.n_dead for site in entry.sites}, load, close)
+
+    def _complete(self, on_event: OnEvent) -> Entry:
+        """The entry of the store, with all of its steps done."""
+        about = {"model": self.model, "n_tokens": self.windows.size}
+        entry = self.store.open(self.identity, about, self.decoder.n_layer + 1, on_event)
+        resumed = entry.done > 0
+        try:
+            if not entry.complete:
+                self._compute(entry, on_event)
+            return entry
+        except LostWorkError as error:
+            entry.discard()
+            if not resumed:
+                raise
+            on_event(Note(f"{error}; calibrating from the first layer on"))
+            return self._complete(on_event)
+        except BadInputError:
+            entry.discard()
+            raise
+        except BaseException:
+            entry.close()
+            raise
+
+    def _compute(self, entry: Entry, on_event: OnEvent) -> None:
+        if self.budget is None:
+            raise DoesNotFitError(
+                f"{entry.folder} is damaged, and computing it again needs more memory than --max-ram gives: raise it, "
+                "or run the same command again to make do with a coarser calibration"
+            )
+        replace(self, found=False).check_disk()
+        run_forward(
+            self.reader,
+            self.decoder,
+            self.windows,
+            self.layers,
+            entry,
+            self.budget,
+            energy=self.identity["energy"],
+            on_event=on_event,
+        )
+
+
+def plan_calibration(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     windows: NDArray[np.int32],
@@ -38,13 +156,12 @@ def calibrate(
     max_ram: int,
     threads: int,
     energy: float = 1.0,
-    exact_up_to: int | None = None,
-    on_event: OnEvent = ignore,
-) -> Sketches:
-    """The statistics of every linear of a model on a text; computed only if the store does not have them.
+    afterwards: Callable[[Mapping[int, int]], int] = lambda ranks: 0,
+) -> Calibration:
+    """The most accurate statistics of every linear of a model on a text that memory allows.
 
     The same checkpoint, windows and settings give the same bits for any number of threads; `max_ram` only matters
-    where it is so small that wide sites are sketched.
+    where it is so small that wide sites are sketched. What the store has need not be computed.
 
     Args:
         checkpoint: the weights.
@@ -54,78 +171,33 @@ def calibrate(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
         energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
-        exact_up_to: the widest site whose statistics may be exact, wider ones are sketched; None: as memory allows.
-        on_event: told of the progress.
+        afterwards: from `Calibration.ranks` to the resident bytes, at the peak, of what is done with such sketches.
 
     Raises:
-        BadInputError: ids outside the vocabulary, no windows, NaN or infinite weights or activations.
+        BadInputError: ids outside the vocabulary, or no windows.
         UnsupportedModelError: the architecture has no forward pass.
-        DoesNotFitError: memory or disk are too small.
-        InterruptedJobError: another process is computing the same.
-        StorageError: reading or writing failed; finished layers are kept.
+        DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
     reader = LayerReader(spec, checkpoint)
     _check_windows(windows, reader.n_vocab)
     decoder = find_decoder(spec.arch, spec.metadata)
-    layers = measure_layers(decoder, reader)
-    budget = make_budget(
-        layers, windows.shape, reader.n_embd, max_ram=max_ram, threads=threads, exact_up_to=exact_up_to
+    layers = measure_layers(decoder, reader, windows.shape[1])
+    smallest = sys.maxsize
+    for ranks in rank_choices(layers, reader.n_embd):
+        identity = _identity(checkpoint, windows, energy, ranks)
+        found, later = store.has(identity), afterwards(ranks)
+        ways = list(budgets(layers, windows.shape, reader.n_embd, ranks=ranks, threads=threads))
+        budget = next((way for way in ways if way.peak_ram <= max_ram), None)
+        if later <= max_ram and (found or budget):
+            model = checkpoint.folder.resolve().name
+            return Calibration(
+                spec, reader, decoder, layers, windows, store, identity, model, ranks, found=found, budget=budget
+            )
+        smallest = min(smallest, max(later, 0 if found else min(way.peak_ram for way in ways)))
+    raise DoesNotFitError(
+        f"--max-ram {format_size(max_ram)} is too small for this model and windows of {windows.shape[1]} tokens: "
+        f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
     )
-    exact, planned = (_identity(checkpoint, windows, energy, ranks) for ranks in ({}, budget.ranks))
-    about = {"model": checkpoint.folder.resolve().name, "n_tokens": windows.size}
-    steps = decoder.n_layer + 1
-
-    def begin() -> Entry:
-        found = store.find(exact, about, steps, on_event) if exact_up_to is None else None
-        return found or store.open(planned, about, steps, on_event)
-
-    def forward(entry: Entry) -> None:
-        _check_disk(entry, budget)
-        run_forward(reader, decoder, windows, layers, entry, budget, energy=energy, on_event=on_event)
-
-    return _sketches(spec, partial(_complete, begin, forward, on_event), on_event)
-
-
-def _complete(begin: Callable[[], Entry], forward: Callable[[Entry], None], on_event: OnEvent) -> Entry:
-    """The entry that `begin` opens, with all of its steps done by `forward` where they are not yet."""
-    entry = begin()
-    resumed = entry.done > 0
-    try:
-        if not entry.complete:
-            forward(entry)
-        return entry
-    except LostWorkError as error:
-        entry.discard()
-        if not resumed:
-            raise
-        on_event(Note(f"{error}; calibrating from the first layer on"))
-        return _complete(begin, forward, on_event)
-    except BadInputError:
-        entry.discard()
-        raise
-    except BaseException:
-        entry.close()
-        raise
-
-
-def _sketches(spec: ModelSpec, compute: Callable[[], Entry], on_event: OnEvent) -> Sketches:
-    """The statistics in the entry that `compute` finds or makes, and makes anew if they are damaged when needed."""
-    entry = compute()
-
-    def load(site: Site) -> Sketch:
-        nonlocal entry
-        try:
-            return entry.load(site)
-        except (BadInputError, StorageError) as error:
-            on_event(Note(f"{error}; calibrating anew"))
-            entry.discard()
-            entry = compute()
-            return entry.load(site)
-
-    def close() -> None:
-        entry.close()
-
-    return Sketches(spec, {site.linears: site.n_dead for site in entry.sites}, load, close)
 
 
 def _identity(
@@ -150,13 +222,4 @@ def _check_windows(windows: NDArray[np.int32], n_vocab: int) -> None:
         raise BadInputError(
             f"the calibration text has token id {lowest if lowest < 0 else highest}, the model's vocabulary "
             f"{n_vocab} tokens: the ids are of another tokenizer"
-        )
-
-
-def _check_disk(entry: Entry, budget: Budget) -> None:
-    free, needed = shutil.disk_usage(entry.folder).free, budget.peak_disk - entry.n_bytes
-    if free < needed:
-        raise DoesNotFitError(
-            f"{entry.folder}: calibration needs up to {format_size(needed)} of disk space and "
-            f"{format_size(free)} are free: make room, or choose another place with --cache"
         )

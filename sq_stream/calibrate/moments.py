@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream.calibrate.factor import cholesky, strongest
 from sq_stream.calibrate.ordered import InOrder
-from sq_stream.calibrate.sketch import Factored
+from sq_stream.calibrate.sketch import PANEL, Factored
 
 Array = NDArray[np.float32]
 
-PANEL = 1024  # columns of a second moment that are summed at a time
 _SHIFT = 1e-5  # of the largest mean square, added to the diagonal while a sketch is solved for
+
+
+class Needs(NamedTuple):
+    """Bytes of a second moment: of its sums, what every thread adds to that, and what its factoring does."""
+
+    resident: int
+    adding: int
+    finishing: int
 
 
 class Moment(Protocol):
@@ -44,14 +52,14 @@ class ExactMoment:
         self._panels = [np.zeros((stop, (stop - 1) % PANEL + 1), np.float32) for stop in _stops(n_in)]
 
     @staticmethod
-    def resident_bytes(n_in: int) -> int:
-        """Bytes that stay, for a site of `n_in` values."""
-        return 4 * sum(stop * ((stop - 1) % PANEL + 1) for stop in _stops(n_in))
-
-    @staticmethod
-    def working_bytes(n_in: int) -> int:
-        """Bytes that every thread needs at a time to add a batch."""
-        return 4 * n_in * min(PANEL, n_in)
+    def needs(n_in: int) -> Needs:
+        """What a site of `n_in` values needs."""
+        width = min(PANEL, n_in)
+        return Needs(
+            resident=4 * sum(stop * ((stop - 1) % PANEL + 1) for stop in _stops(n_in)),
+            adding=4 * (n_in + width) * width,
+            finishing=max((4 * n_in + 48 * width) * width, 10 * width * n_in + n_in**2),
+        )
 
     def add(self, batch: int, x: Array) -> None:
         """See `Moment`."""
@@ -86,26 +94,31 @@ class SketchedMoment:
     def __init__(self, n_in: int, rank: int, order: InOrder) -> None:
         self.n_tokens = 0
         self._order = order
-        self._test = np.random.RandomState(0).standard_normal((n_in, rank)).astype(np.float32)
+        self._test = np.empty((n_in, rank), np.float32)
+        random = np.random.RandomState(0)
+        for rows in _panels(n_in):
+            self._test[rows] = random.standard_normal(self._test[rows].shape)
         self._sums = np.zeros((n_in, rank), np.float32)
         self._diagonal = np.zeros(n_in, np.float32)
 
     @staticmethod
-    def resident_bytes(n_in: int, rank: int) -> int:
-        """Bytes that stay; the test matrix is drawn in float64."""
-        return 16 * n_in * rank
-
-    @staticmethod
-    def working_bytes(n_in: int, rank: int) -> int:
-        """Bytes that every thread needs at a time to add a batch."""
-        return 4 * n_in * rank
+    def needs(n_in: int, rank: int, n: int) -> Needs:
+        """What a site of `n_in` values needs where batches are of n activations."""
+        return Needs(
+            resident=8 * n_in * rank,
+            adding=4 * rank * (2 * min(PANEL, n_in) + n),
+            finishing=4 * n_in * rank + 32 * rank * (PANEL + rank),
+        )
 
     def add(self, batch: int, x: Array) -> None:
         """See `Moment`."""
-        part = x.T @ (x @ self._test)
+        projected = x @ self._test
+        for rows in _panels(x.shape[1]):
+            part = x[:, rows].T @ projected
+            with self._order.turn((id(self), rows.start), batch):
+                self._sums[rows] += part
         diagonal = np.einsum("ij,ij->j", x, x)
-        with self._order.turn(id(self), batch):
-            self._sums += part
+        with self._order.turn((id(self), "diagonal"), batch):
             self._diagonal += diagonal
             self.n_tokens += len(x)
 
@@ -115,11 +128,19 @@ class SketchedMoment:
         diagonal = self._diagonal * mean
         _check_finite(diagonal)
         shift = np.float32(_SHIFT) * diagonal.max(initial=np.float32(1e-30))
-        y = self._sums * mean + shift * self._test
-        core = self._test.T.astype(np.float64) @ y
+        y, core = self._sums, np.zeros((self._sums.shape[1],) * 2)
+        for rows in _panels(len(y)):
+            y[rows] = y[rows] * mean + shift * self._test[rows]
+            core += self._test[rows].T.astype(np.float64) @ y[rows]
         factor = np.linalg.cholesky((core + core.T) / 2)
-        s = np.linalg.solve(factor, y[diagonal > 0].T).astype(np.float32)  # [rank, n_live]
-        return Factored(self.n_tokens, diagonal, [s])
+        live = np.flatnonzero(diagonal)
+        panels = [np.linalg.solve(factor, y[live[rows]].T).astype(np.float32) for rows in _panels(len(live))]
+        return Factored(self.n_tokens, diagonal, panels)
+
+
+def _panels(n: int) -> Iterator[slice]:
+    """Slices of at most PANEL that cover n."""
+    return (slice(start, min(start + PANEL, n)) for start in range(0, n, PANEL))
 
 
 def _stops(n_in: int) -> list[int]:

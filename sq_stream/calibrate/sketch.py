@@ -21,6 +21,7 @@ from sq_stream.formats.storage import storage_errors
 Array = NDArray[np.float32]
 
 MAGIC = b"sq-stream sketch 1\n"
+PANEL = 1024  # columns of S that are computed, written and read together, at most
 _LARGEST_CODE = 2**15 - 1
 
 
@@ -52,6 +53,11 @@ class Sketch:
     def neutral(cls, n_in: int) -> Sketch:
         """Statistics of a site without data: the identity."""
         return cls.diagonal_only(np.ones(n_in, np.float32), 0)
+
+    @staticmethod
+    def needed_bytes(n_in: int, rank: int) -> int:
+        """Resident bytes at the peak of reading a sketch."""
+        return 4 * n_in * rank + 12 * rank * min(PANEL, n_in)
 
     @property
     def n_in(self) -> int:

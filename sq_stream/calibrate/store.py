@@ -59,18 +59,14 @@ class Store:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = Path(folder or user_cache())
 
-    def find(
-        self, identity: Mapping[str, Any], about: Mapping[str, Any], steps: int, on_event: OnEvent = ignore
-    ) -> Entry | None:
-        """The finished calibration made from `identity`, as `open` gives it, if there is a sound one."""
+    def has(self, identity: Mapping[str, Any]) -> bool:
+        """Whether there is a finished calibration made from `identity`."""
         summary = _summarize(self.folder / key_of(identity))
-        if summary is None or not summary.complete:
-            return None
-        entry = self.open(identity, about, steps, on_event)
-        if entry.complete:
-            return entry
-        entry.close()
-        return None
+        return summary is not None and summary.complete
+
+    def n_bytes(self, identity: Mapping[str, Any]) -> int:
+        """What there is on disk of the calibration made from `identity`."""
+        return _bytes_in(self.folder / key_of(identity))
 
     def open(
         self, identity: Mapping[str, Any], about: Mapping[str, Any], steps: int, on_event: OnEvent = ignore
@@ -169,11 +165,6 @@ class Entry(Closing):
     def done(self) -> int:
         """Steps (layers, then the output matrix) that are finished."""
         return len(self._journal.records)
-
-    @property
-    def n_bytes(self) -> int:
-        """What it takes on disk."""
-        return _bytes_in(self.folder)
 
     @property
     def complete(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sq_stream.calibrate.sketches import is_linear
 from sq_stream.formats.checkpoint import check_finite
 from sq_stream.models.base import ModelSpec, TensorMap, TensorReader
 from sq_stream.models.forward import layer_names
@@ -35,12 +36,21 @@ class RowsOnDisk:
 
 @dataclass(frozen=True, eq=False)
 class Zeros:
-    """A matrix of zeros, which takes no memory."""
+    """A matrix of zeros that takes neither memory nor time: what it is multiplied with becomes zero."""
 
     shape: tuple[int, ...]
 
-    def __getitem__(self, rows: slice) -> Array:
-        return np.zeros((len(range(*rows.indices(self.shape[0]))), self.shape[1]), np.float32)
+    @property
+    def T(self) -> Zeros:
+        """The transpose."""
+        return Zeros(self.shape[::-1])
+
+    def __getitem__(self, rows: slice) -> Zeros:
+        return Zeros((len(range(*rows.indices(self.shape[0]))), self.shape[1]))
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Array]) -> Array:
+        out[0][:] = 0
+        return out[0]
 
 
 class LayerReader:
@@ -102,8 +112,10 @@ class LayerReader:
 
 
 def zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Tensors of zeros in the shapes given; large matrices take no memory."""
-    return {name: Zeros(shape) if is_large(shape) else np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    """Tensors of zeros in the shapes given."""
+    return {
+        name: Zeros(shape) if is_linear(name, shape) else np.zeros(shape, np.float32) for name, shape in shapes.items()
+    }
 
 
 def is_large(shape: tuple[int, ...]) -> bool:

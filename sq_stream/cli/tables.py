@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.store import Summary
 from sq_stream.job.plan import Plan
 from sq_stream.job.summary import CheckpointSummary, GGUFSummary, TensorSummary, count_types
@@ -48,6 +49,7 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
         "max_ram": plan.settings.max_ram,
         "peak_ram": plan.budget.peak_ram,
         "peak_disk": plan.budget.peak_disk,
+        "calibration": None if plan.calibration is None else _calibration_fields(plan.calibration),
         "estimated_seconds": plan.budget.seconds,
         "tensors": [
             {
@@ -65,6 +67,16 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _calibration_fields(calibration: Calibration) -> dict[str, Any]:
+    return {
+        "n_tokens": calibration.windows.size,
+        "found": calibration.found,
+        "ranks": {str(width): rank for width, rank in calibration.ranks.items()},
+        "peak_ram": calibration.peak_ram,
+        "peak_disk": calibration.peak_disk,
+    }
+
+
 def plan_text(plan: Plan) -> str:
     """The plan as a table of tensors and a summary."""
     rows = [("tensor", "source", "shape", "type", "bytes", "why")]
@@ -77,11 +89,24 @@ def plan_text(plan: Plan) -> str:
         f"tensors    {format_size(plan.tensor_bytes)}, {plan.bits_per_weight:.2f} bits per weight",
         *(f"           {line}" for line in _type_lines([_summary(t) for t in plan.tensors])),
         *(f"note       {note}" for note in plan.notes),
+        *_calibration_lines(plan.calibration),
         f"peak RAM   {format_size(plan.budget.peak_ram)} of {format_size(plan.settings.max_ram)}",
         f"peak disk  {format_size(plan.budget.peak_disk)}",
         f"time       roughly {format_duration(plan.budget.seconds)} on {plan.settings.threads} threads",
     ]
     return table(rows) + "\n\n" + "\n".join(summary)
+
+
+def _calibration_lines(calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return []
+    widths = ", ".join(f"{width} values at rank {rank}" for width, rank in calibration.ranks.items())
+    kind = f"sketches of sites of {widths}, else exact" if widths else "exact second moments"
+    lines = [f"calibrate  {calibration.windows.size} tokens, {kind}{' (in the cache)' if calibration.found else ''}"]
+    if calibration.pending:
+        needs = f"{format_size(calibration.peak_ram)} of memory, {format_size(calibration.peak_disk)} of disk"
+        lines.append(f"           {needs} in {calibration.store.folder}")
+    return lines
 
 
 def _summary(t: Any) -> TensorSummary:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sq_stream.calibrate.calibration import Calibration
+from sq_stream.calibrate.sketch import Sketch
 from sq_stream.errors import DoesNotFitError
 from sq_stream.formats.blocks import BlockType
 from sq_stream.parallel import SLAB
+from sq_stream.quantize.metric import DenseMetric, FactorMetric
 from sq_stream.units import format_size
 
 MIB = 2**20
@@ -19,14 +22,14 @@ SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
 # Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba while it compiles all the kernels. Measured
 # as the peak memory that `quantize` states for a small model with an empty NUMBA_CACHE_DIR.
 FIXED_BYTES = 320 * MIB
+# The same where tensors are shaped, for each type they are shaped to.
+COMPILING_BYTES = 40 * MIB
 # Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
 # transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
 BYTES_PER_WEIGHT = 20
-# The same where the tile is shaped: wanted values, errors, codes, gradients and their copies by panel.
-BYTES_PER_SHAPED_WEIGHT = 64
-# Resident bytes for a value of a dense metric n_in × n_in: the sketch (8), the matrix and its panels (6), and the
-# float64 work of inverting it (24).
-BYTES_PER_METRIC_VALUE = 40
+# The same where the tile is shaped: the tile, wanted values, errors, codes and E Sᵀ; and for a row, work on a panel.
+BYTES_PER_SHAPED_WEIGHT = 20
+BYTES_PER_SHAPED_ROW = 8192
 # A larger tile encodes no faster.
 MOST_TILE_WEIGHTS = 4 * MIB
 # Resident bytes for one byte of the tokenizer's files while the vocabulary is read.
@@ -59,55 +62,99 @@ class Budget:
     seconds: float
 
 
-def make_budget(
+@dataclass(frozen=True)
+class EncodingNeeds:
+    """Resident bytes of encoding: what does not depend on the tile, and `per_weight` of at least `least_tile`."""
+
+    fixed: int
+    per_weight: int
+    least_tile: int
+
+    @property
+    def smallest(self) -> int:
+        """With the least tile."""
+        return self.fixed + self.per_weight * self.least_tile
+
+
+def encoding_needs(
     tensors: Sequence[tuple[tuple[int, ...], BlockType]],
     *,
-    file_bytes: int,
     vocabulary_bytes: int,
+    threads: int,
+    ranks: Mapping[int, int] | None = None,
+) -> EncodingNeeds:
+    """What encoding needs, whatever `--max-ram` says.
+
+    Args:
+        tensors: row-major shape and type of every tensor of the output.
+        vocabulary_bytes: size of the tokenizer files that planning reads.
+        threads: kernel threads.
+        ranks: where tensors are shaped, the ranks of sketches by width; other widths are exact. None: none is shaped.
+    """
+    longest_row = max(shape[-1] for shape, _ in tensors)
+    largest_tensor = max(math.prod(shape) for shape, _ in tensors)
+    fixed = FIXED_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
+    shaped = {(block_type, shape[-1]) for shape, block_type in tensors if block_type.name in SHAPED_TYPES}
+    if ranks is None or not shaped:
+        return EncodingNeeds(fixed, BYTES_PER_WEIGHT, min(longest_row, largest_tensor))
+    widths = {width for _, width in shaped}
+    return EncodingNeeds(
+        fixed=fixed
+        + COMPILING_BYTES * len({block_type for block_type, _ in shaped})
+        + max(_metric_bytes(width, ranks.get(width), threads) for width in widths),
+        per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // min(widths),
+        least_tile=min(SLAB * longest_row, largest_tensor),
+    )
+
+
+def _metric_bytes(n_in: int, rank: int | None, threads: int) -> int:
+    """Resident bytes of a sketch, exact if it has no rank, and of the metric that is made of it."""
+    if rank is None:
+        return Sketch.needed_bytes(n_in, n_in) + DenseMetric.needed_bytes(n_in, threads)
+    return Sketch.needed_bytes(n_in, rank) + FactorMetric.needed_bytes(n_in, rank)
+
+
+def make_budget(
+    tensors: Sequence[tuple[tuple[int, ...], BlockType]],
+    needs: EncodingNeeds,
+    *,
+    file_bytes: int,
     max_ram: int,
     threads: int,
-    n_tokens: int = 0,
-    shaped: bool = False,
+    calibration: Calibration | None = None,
 ) -> Budget:
     """Divide `max_ram` bytes among the parts of a job.
 
     Args:
         tensors: row-major shape and type of every tensor of the output.
+        needs: of encoding them.
         file_bytes: size of the finished file.
-        vocabulary_bytes: size of the tokenizer files that planning reads.
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: kernel threads.
-        n_tokens: length of the text that the job calibrates on, if it does.
-        shaped: tensors are shaped under a full metric.
+        calibration: what comes before, if tensors are shaped.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
-    longest_row = max(shape[-1] for shape, _ in tensors)
-    largest_tensor = max(math.prod(shape) for shape, _ in tensors)
-    n_weights = sum(math.prod(shape) for shape, _ in tensors)
-    fixed = FIXED_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
-    per_weight, least_rows = BYTES_PER_WEIGHT, 1
-    if shaped:
-        widest = max((shape[-1] for shape, block_type in tensors if block_type.name in SHAPED_TYPES), default=0)
-        fixed += BYTES_PER_METRIC_VALUE * widest**2
-        per_weight, least_rows = BYTES_PER_SHAPED_WEIGHT, SLAB
-    least_tile = min(least_rows * longest_row, largest_tensor)
-    smallest = fixed + per_weight * least_tile
-    if max_ram < smallest:
+    if max_ram < needs.smallest:
         raise DoesNotFitError(
             f"--max-ram {format_size(max_ram)} is too small for this model: "
-            f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
+            f"the smallest that works is --max-ram {-(-needs.smallest // MIB)}M"
         )
-    tile = max(min(largest_tensor, MOST_TILE_WEIGHTS, (max_ram - fixed) // per_weight), least_tile)
-    if shaped:
+    n_weights = sum(math.prod(shape) for shape, _ in tensors)
+    largest_tensor = max(math.prod(shape) for shape, _ in tensors)
+    tile = min(largest_tensor, MOST_TILE_WEIGHTS, (max_ram - needs.fixed) // needs.per_weight)
+    tile = max(tile, needs.least_tile)
+    peak_ram, forward = needs.fixed + needs.per_weight * tile, 0.0
+    if calibration:
+        peak_ram = max(peak_ram, calibration.peak_ram)
+        forward = n_weights * calibration.n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
     else:
         encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)
-    forward = n_weights * n_tokens / MULTIPLICATIONS_PER_SECOND
     return Budget(
         tile_weights=tile,
-        peak_ram=fixed + per_weight * tile,
+        peak_ram=peak_ram,
         peak_disk=file_bytes,
         seconds=(encoding + forward) / threads + n_weights / WEIGHTS_READ_BACK_PER_SECOND,
     )

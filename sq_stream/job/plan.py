@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from sq_stream.calibrate.calibration import Calibration
 from sq_stream.errors import StorageError, UsageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_layout import FileLayout, TensorLayout, lay_out
-from sq_stream.job.budget import Budget, check_disk, make_budget
+from sq_stream.job.budget import Budget, check_disk, encoding_needs, make_budget
 from sq_stream.job.identity import general_entries
 from sq_stream.job.settings import Settings
 from sq_stream.job.statistics import Statistics, find_statistics
@@ -47,6 +49,11 @@ class Plan:
     budget: Budget
     statistics: Statistics | None = None
     notes: tuple[str, ...] = ()  # what the user should know
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What is computed, or found, before the first tensor is encoded."""
+        return self.statistics.calibration if self.statistics else None
 
     @property
     def n_weights(self) -> int:
@@ -90,7 +97,14 @@ def make_plan(settings: Settings) -> Plan:
         overrides=overrides,
     )
     n_parameters = sum(math.prod(t.shape) for t in spec.tensors)
-    statistics = find_statistics(settings, spec, vocabulary)
+    shapes = [(t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)]
+    needs = partial(
+        encoding_needs,
+        shapes,
+        vocabulary_bytes=sum(path.stat().st_size for path in settings.model_dir.glob("tokenizer.*")),
+        threads=settings.threads,
+    )
+    statistics = find_statistics(settings, checkpoint, spec, vocabulary, lambda ranks: needs(ranks=ranks).smallest)
     general = general_entries(
         settings, arch=spec.arch, file_type=RECIPES[settings.recipe].file_type, n_parameters=n_parameters
     )
@@ -98,14 +112,14 @@ def make_plan(settings: Settings) -> Plan:
         [*general, *(statistics.entries if statistics else ()), *spec.metadata, *vocabulary.metadata],
         [(t.name, t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)],
     )
+    calibration = statistics.calibration if statistics else None
     budget = make_budget(
-        [(t.shape, t.block_type) for t in layout.tensors],
+        shapes,
+        needs(ranks=calibration.ranks if calibration else None),
         file_bytes=layout.total_bytes,
-        vocabulary_bytes=sum(path.stat().st_size for path in settings.model_dir.glob("tokenizer.*")),
         max_ram=settings.max_ram,
         threads=settings.threads,
-        n_tokens=statistics.windows.size if statistics and statistics.windows is not None else 0,
-        shaped=statistics is not None and statistics.windows is not None,
+        calibration=calibration,
     )
     tensors = tuple(
         PlannedTensor(source, place, choice.reason)
@@ -147,3 +161,5 @@ def check_output(plan: Plan) -> None:
     partial = partial_path(output)
     reserved = partial.stat().st_blocks * 512 if partial.exists() else 0
     check_disk(output.parent, plan.budget.peak_disk - reserved)
+    if plan.calibration is not None:
+        plan.calibration.check_disk()

@@ -9,7 +9,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from sq_stream import __version__
 from sq_stream.calibrate.sketches import Sketches
@@ -24,9 +23,7 @@ from sq_stream.job.plan import Plan, PlannedTensor, check_output
 from sq_stream.job.statistics import gather
 from sq_stream.job.tiles import row_tiles
 from sq_stream.job.verify import check_tensors
-
-if TYPE_CHECKING:
-    from sq_stream.quantize.encode import Encoder
+from sq_stream.parallel import Workers
 
 
 def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
@@ -67,7 +64,7 @@ def _write(plan: Plan, on_event: OnEvent) -> None:
         checksums = {record["tensor"]: record["crc32"] for record in journal.records}
         sketches = None
         if plan.statistics is not None and len(checksums) < len(plan.tensors):
-            sketches = gather(plan.statistics, plan.settings, plan.checkpoint, plan.spec, on_event)
+            sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
         with sketches or nullcontext():
             _encode(plan, sketches, file, journal, checksums, on_event)
         with GGUFReader.open(file.partial) as reader:
@@ -118,9 +115,6 @@ def _encode(
     """Encode the tensors that have no checksum yet, and add theirs."""
     import numba
 
-    from sq_stream.parallel import Workers
-    from sq_stream.quantize.encode import make_encoder
-
     numba.set_num_threads(plan.settings.threads)
     on_event(StageStarted("encode", plan.n_weights))
     done = 0
@@ -129,9 +123,7 @@ def _encode(
             n_weights = tensor.source.n_rows * tensor.source.n_in
             name = tensor.source.name
             if name not in checksums:
-                sketch = sketches.get(name) if sketches is not None else None
-                encode = make_encoder(tensor.type, sketch, workers)
-                for n_encoded in _encode_tensor(plan, tensor, encode, file, checksums):
+                for n_encoded in _encode_tensor(plan, tensor, sketches, workers, file, checksums):
                     on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
                 file.sync()
                 journal.append({"tensor": name, "crc32": checksums[name]})
@@ -141,10 +133,18 @@ def _encode(
 
 
 def _encode_tensor(
-    plan: Plan, tensor: PlannedTensor, encode: Encoder, file: GGUFFile, checksums: dict[str, int]
+    plan: Plan,
+    tensor: PlannedTensor,
+    sketches: Sketches | None,
+    workers: Workers,
+    file: GGUFFile,
+    checksums: dict[str, int],
 ) -> Iterator[int]:
-    """Encode one tensor in row tiles, yielding the weights done so far."""
+    """Encode one tensor in row tiles, yielding the weights done so far; its sketch and metric end with it."""
+    from sq_stream.quantize.encode import make_encoder
+
     source, crc = tensor.source, 0
+    encode = make_encoder(tensor.type, sketches.get(source.name) if sketches is not None else None, workers)
     for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
         x = source.read(plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
         check_finite(x, source.source or source.name, rows.start)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sq_stream.calibrate.calibration import calibrate
+from sq_stream.calibrate.calibration import Calibration, plan_calibration
 from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
 from sq_stream.calibrate.sketches import Sketches
@@ -29,9 +26,9 @@ PARTS = (60, 120)  # windows of the convergence and held-out parts
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a job will use, known before it runs: the windows of its text, or an importance matrix."""
+    """What a job will use, known before it runs: a calibration, or an importance matrix."""
 
-    windows: NDArray[np.int32] | None  # token ids [n_windows, n_ctx]
+    calibration: Calibration | None
     imatrix: Sketches | None
     digests: Mapping[str, str]  # SHA-256 of each part of the text, or of the importance matrix
     notes: tuple[str, ...] = ()
@@ -40,16 +37,23 @@ class Statistics:
     def entries(self) -> list[Entry]:
         """What the file says of them, so that nobody scores it on the text that it was fitted to."""
         entries = [string(f"sq_stream.{name}.sha256", digest) for name, digest in self.digests.items()]
-        if self.windows is not None:
-            entries.append(u32("sq_stream.calib.tokens", self.windows.size))
+        if self.calibration is not None:
+            entries.append(u32("sq_stream.calib.tokens", self.calibration.windows.size))
         return entries
 
 
-def find_statistics(settings: Settings, spec: ModelSpec, vocabulary: Vocabulary) -> Statistics | None:
-    """The statistics that these settings ask for; None for weights alone.
+def find_statistics(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    vocabulary: Vocabulary,
+    afterwards: Callable[[Mapping[int, int]], int],
+) -> Statistics | None:
+    """The statistics that these settings ask for; None for weights alone. `afterwards`: see `plan_calibration`.
 
     Raises:
         BadInputError: the text is too short or not this vocabulary's, or the importance matrix not this model's.
+        DoesNotFitError: memory is too small.
         StorageError: a file cannot be read.
         UsageError: a file is not there, or the windows are too small or too large.
     """
@@ -70,30 +74,29 @@ def find_statistics(settings: Settings, spec: ModelSpec, vocabulary: Vocabulary)
         extend=settings.calib_extend,
         windows=(settings.windows, *PARTS),
     )
-    return Statistics(corpus.calib, None, corpus.digests, corpus.notes)
+    calibration = plan_calibration(
+        checkpoint,
+        spec,
+        corpus.calib,
+        Store(settings.cache),
+        max_ram=settings.max_ram,
+        threads=settings.threads,
+        afterwards=afterwards,
+    )
+    return Statistics(calibration, None, corpus.digests, corpus.notes)
 
 
-def gather(
-    statistics: Statistics, settings: Settings, checkpoint: Checkpoint, spec: ModelSpec, on_event: OnEvent
-) -> Sketches:
+def gather(statistics: Statistics, settings: Settings, spec: ModelSpec, on_event: OnEvent) -> Sketches:
     """The sketches themselves; a calibration that the store lacks is computed.
 
     Raises:
-        SqStreamError: as `calibrate.calibration.calibrate`.
+        SqStreamError: as `calibrate.calibration.Calibration.run`.
     """
     if statistics.imatrix is not None:
         sketches = statistics.imatrix
     else:
-        assert statistics.windows is not None
-        sketches = calibrate(
-            checkpoint,
-            spec,
-            statistics.windows,
-            Store(settings.cache),
-            max_ram=settings.max_ram,
-            threads=settings.threads,
-            on_event=on_event,
-        )
+        assert statistics.calibration is not None
+        sketches = statistics.calibration.run(on_event)
     if sketches.unseen:
         more = f" and {len(sketches.unseen) - 3} more" if len(sketches.unseen) > 3 else ""
         on_event(Note(f"no statistics, plain rounding: {', '.join(sketches.unseen[:3])}{more}"))

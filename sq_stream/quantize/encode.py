@@ -22,12 +22,14 @@ whose lengths are multiples of `parallel.SLAB`."""
 def make_encoder(block_type: BlockType, sketch: Sketch | None, workers: Workers) -> Encoder:
     """The best encoder for a tensor, given what is known of its inputs.
 
-    A full second moment shapes; mean squares alone (an importance matrix) weigh the columns; nothing, or statistics of
-    a site that no token reached, leaves plain rounding.
+    A second moment shapes, as a matrix unless a factor of less than half its rank is all that is known; mean squares
+    alone (an importance matrix) weigh the columns; nothing, or statistics of a site that no token reached, leaves plain
+    rounding.
     """
     if sketch is None or sketch.n_tokens == 0 or block_type.name not in GRIDS:
         return lambda x: encode(x, block_type)
     if sketch.rank == 0:
         return lambda x: encode(x, block_type, sketch.residual)
-    shaper = Shaper(sketch.residual, sketch.factor, block_type, workers)
+    dense = 2 * sketch.rank > sketch.n_in
+    shaper = Shaper(sketch.residual, sketch.factor, block_type, workers, dense=dense)
     return lambda x: shaper.shape(x)[0]

@@ -1,15 +1,19 @@
 """The metric of a linear's input, A ≈ diag(r) + SᵀS, in the two forms that shaping asks for.
 
-Columns are decided panel by panel. With `e` the errors of a panel that has just been rounded and the later columns R
-still free, the best correction of those is −e A_pR A_RR⁻¹, and what then remains to be paid for is e C eᵀ with the
-*conditional* metric C = A_pp − A_pR A_RR⁻¹ A_Rp. Descent afterwards needs A_pp and the gradient E A_:p.
+Columns are decided panel by panel. While R are the columns that are still open, errors E of the decided ones are best
+made up for by changing the wanted values of R by −E A_dR A_RR⁻¹. With the block factorization A = (I + Q) C (I + Q)ᵀ,
+Q strictly upper and C the *conditional* metrics of the panels (what an error there costs when later ones make up for
+it), the change of the next panel alone is −E Q_i: the feedback of LDLQ. Descent afterwards needs A_pp and the gradient
+E A_:p.
 
 `DenseMetric` holds A [n_in, n_in]; `FactorMetric` never forms it and works from r [n_in] and S [rank, n_in].
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,108 +22,193 @@ from numpy.typing import NDArray
 from sq_stream.parallel import Workers
 
 Array = NDArray[np.float32]
+Double = NDArray[np.float64]
+
+PANEL = 256  # columns decided together: a super-block, or eight blocks of 32
+_SMALLEST = 1e-7  # eigenvalue of a conditional metric, as a share of its largest: below it, float32 sums are noise
 
 
 class Metric(Protocol):
     """A metric whose columns are in the order in which they are decided; panel i is columns panels[i]."""
 
     panels: Sequence[slice]
-
-    def conditional(self, i: int) -> Array:
-        """The conditional metric C of panel i: float32 [p, p]."""
-        ...
-
-    def correction(self, i: int, errors: Array) -> Array:
-        """What the wanted values of the columns after panel i change by, for errors [n, p] (wanted − decoded) in it."""
-        ...
+    conditional: list[Array]  # the conditional metric C of each panel: float32 [p, p]
 
     def block(self, i: int) -> Array:
         """A_pp of panel i: float32 [p, p]."""
         ...
 
-    def gradient(self, i: int, errors: Array) -> Array:
-        """Columns of panel i of E A, for errors E [n, n_in] (decoded − wanted): float32 [n, p]."""
+    def errors(self, n: int) -> Errors:
+        """Errors of n rows, none so far."""
         ...
 
 
+class Errors(ABC):
+    """Errors E [n, n_in] of some rows, decoded − wanted, under a metric."""
+
+    def __init__(self, panels: Sequence[slice], n: int) -> None:
+        self._panels = panels
+        self._values = np.zeros((n, panels[-1].stop), np.float32)
+
+    @abstractmethod
+    def correction(self, i: int) -> Array:
+        """What the wanted values of panel i change by, for errors in the panels before it alone: float32 [n, p]."""
+
+    @abstractmethod
+    def gradient(self, i: int) -> Array:
+        """Columns of panel i of E A: float32 [n, p]."""
+
+    def add(self, i: int, moves: Array) -> None:
+        """Let the errors in panel i grow by moves [n, p]."""
+        self._values[:, self._panels[i]] += moves
+
+    def objective(self) -> float:
+        """½ tr(E A Eᵀ)."""
+        gradients = (
+            np.einsum("ij,ij->", self.gradient(i), self._values[:, own], dtype=np.float64)
+            for i, own in enumerate(self._panels)
+        )
+        return 0.5 * float(sum(gradients))
+
+
 class DenseMetric:
-    """A held as a matrix."""
+    """A held as a matrix, of which only the blocks on and above the diagonal are read; −Qᵀ takes the place below.
+
+    Factored from the last panel to the first, in float64 panel by panel, for it is where large numbers cancel.
+    """
 
     def __init__(self, a: Array, panels: Sequence[slice], workers: Workers) -> None:
-        self.panels = panels
-        self._matmul = workers.matmul
-        self._a = a
-        upper = _inverse_factor(a.astype(np.float64))
-        self._conditional: list[Array] = []
-        self._onward: list[Array] = []
-        for own in panels:
-            inverse = np.linalg.inv(upper[own, own])
-            self._conditional.append((inverse @ inverse.T).astype(np.float32))
-            self._onward.append((-inverse @ upper[own, own.stop :]).astype(np.float32))
+        self.panels, self.matrix, self.matmul = panels, a, workers.matmul
+        self.conditional: list[Array] = []
+        for i in reversed(range(len(panels))):
+            *above, square = workers.map(partial(self._reduced, i, self._costs(i)), panels[: i + 1])
+            conditional, inverse = _positive(square)
+            self.conditional.insert(0, conditional.astype(np.float32))
+            for panel, block in zip(panels[:i], above, strict=True):
+                a[panels[i], panel] = -(block @ inverse).T
 
-    def conditional(self, i: int) -> Array:
-        """The conditional metric C of panel i, from its diagonal block of the factor of A⁻¹."""
-        return self._conditional[i]
+    def _costs(self, i: int) -> Double:
+        """−C Q_iᵀ of the panels after panel i, which are factored."""
+        own, later = self.panels[i], self.panels[i + 1 :]
+        costs = [
+            c.astype(np.float64) @ self.matrix[panel, own] for c, panel in zip(self.conditional, later, strict=True)
+        ]
+        return np.vstack([np.empty((0, own.stop - own.start)), *costs])
 
-    def correction(self, i: int, errors: Array) -> Array:
-        """What the wanted values of the columns after panel i change by."""
-        return self._matmul(errors, self._onward[i])
+    def _reduced(self, i: int, costs: Double, above: slice) -> Double:
+        """The block of A in the rows `above` and panel i, without what the panels after it explain."""
+        own = self.panels[i]
+        reduced: Double = self.matrix[above, own] - self.matrix[own.stop :, above].T.astype(np.float64) @ costs
+        return reduced
+
+    @staticmethod
+    def needed_bytes(n_in: int, threads: int) -> int:
+        """Resident bytes at the peak: the matrix, and columns of panels in both precisions."""
+        return 4 * n_in**2 + PANEL * n_in * (8 * threads + 24)
 
     def block(self, i: int) -> Array:
         """A_pp of panel i."""
-        return np.ascontiguousarray(self._a[self.panels[i], self.panels[i]])
+        return np.ascontiguousarray(self.matrix[self.panels[i], self.panels[i]])
 
-    def gradient(self, i: int, errors: Array) -> Array:
-        """Columns of panel i of E A."""
-        return self._matmul(errors, self._a[:, self.panels[i]])
+    def errors(self, n: int) -> Errors:
+        """Errors of n rows, none so far."""
+        return _DenseErrors(self, n)
+
+
+class _DenseErrors(Errors):
+    def __init__(self, metric: DenseMetric, n: int) -> None:
+        super().__init__(metric.panels, n)
+        self._a, self._matmul = metric.matrix, metric.matmul
+
+    def correction(self, i: int) -> Array:
+        own = self._panels[i]
+        return self._matmul(self._values[:, : own.start], self._a[own, : own.start].T)
+
+    def gradient(self, i: int) -> Array:
+        own = self._panels[i]
+        gradient = self._matmul(self._values[:, : own.stop], self._a[: own.stop, own])
+        gradient += self._matmul(self._values[:, own.stop :], self._a[own, own.stop :].T)
+        return gradient
 
 
 class FactorMetric:
-    """A held as r and S; by Woodbury, A_pR A_RR⁻¹ = S_pᵀ M⁻¹ S_R D_R⁻¹ with M = I + S_R D_R⁻¹ S_Rᵀ [rank, rank].
+    """A held as r and S; by Woodbury, Q_i = S_dᵀ G_i with G_i = M⁻¹ S_i C_i⁻¹ [rank, p], M = I + S_R D_R⁻¹ S_Rᵀ.
 
-    `_left[i]` is S_pᵀ M⁻¹ of panel i: in float64 until then, for it is where large numbers cancel.
+    R are the panels after i here. All of it in float64, for it is where large numbers cancel.
     """
 
     def __init__(self, residual: Array, factor: Array, panels: Sequence[slice], workers: Workers) -> None:
-        self.panels = panels
-        self._matmul = workers.matmul
-        self._r, self._s = residual, factor
-        self._left: list[Array] = []
+        self.panels, self.matmul = panels, workers.matmul
+        self.residual, self.factor = residual, factor
+        self.conditional: list[Array] = []
+        self.feedback: list[Array] = []  # -G
         m = np.eye(len(factor))
         for own in reversed(panels):
             s = factor[:, own].astype(np.float64)
-            self._left.insert(0, np.linalg.solve(m, s).T.astype(np.float32))
+            solved = np.linalg.solve(m, s)
+            conditional, inverse = _positive(np.diag(residual[own]) + s.T @ solved)
+            self.conditional.insert(0, conditional.astype(np.float32))
+            self.feedback.insert(0, -(solved @ inverse).astype(np.float32))
             m += (s / residual[own]) @ s.T
 
-    def conditional(self, i: int) -> Array:
-        """C = D_p + S_pᵀ M⁻¹ S_p."""
-        own = self.panels[i]
-        c: Array = np.diag(self._r[own]) + self._left[i] @ self._s[:, own]
-        return c
-
-    def correction(self, i: int, errors: Array) -> Array:
-        """(errors S_pᵀ M⁻¹) S_R D_R⁻¹."""
-        later = slice(self.panels[i].stop, None)
-        return self._matmul(self._matmul(errors, self._left[i]), self._s[:, later] / self._r[later])
+    @staticmethod
+    def needed_bytes(n_in: int, rank: int) -> int:
+        """Resident bytes at the peak: S and G, C, and work on M."""
+        return 8 * n_in * rank + 4 * PANEL * n_in + 32 * rank * (rank + PANEL)
 
     def block(self, i: int) -> Array:
         """A_pp = D_p + S_pᵀ S_p."""
-        own = self._s[:, self.panels[i]]
-        a: Array = np.diag(self._r[self.panels[i]]) + own.T @ own
+        s = self.factor[:, self.panels[i]]
+        a: Array = np.diag(self.residual[self.panels[i]]) + s.T @ s
         return a
 
-    def gradient(self, i: int, errors: Array) -> Array:
-        """E_:p D_p + (E Sᵀ) S_p."""
-        own = self.panels[i]
-        return errors[:, own] * self._r[own] + self._matmul(self._matmul(errors, self._s.T), self._s[:, own])
+    def errors(self, n: int) -> Errors:
+        """Errors of n rows, none so far."""
+        return _FactorErrors(self, n)
 
 
-def _inverse_factor(a: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Upper triangular U with UᵀU = A⁻¹, for a positive definite A."""
-    upper: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(a)).T
-    return upper
+class _FactorErrors(Errors):
+    """Keeps E Sᵀ [n, rank] besides E."""
+
+    def __init__(self, metric: FactorMetric, n: int) -> None:
+        super().__init__(metric.panels, n)
+        self._metric = metric
+        self._projected = np.zeros((n, len(metric.factor)), np.float32)
+
+    def correction(self, i: int) -> Array:
+        return self._metric.matmul(self._projected, self._metric.feedback[i])
+
+    def gradient(self, i: int) -> Array:
+        own = self._panels[i]
+        gradient = self._metric.matmul(self._projected, self._metric.factor[:, own])
+        gradient += self._values[:, own] * self._metric.residual[own]
+        return gradient
+
+    def add(self, i: int, moves: Array) -> None:
+        super().add(i, moves)
+        self._projected += self._metric.matmul(moves, self._metric.factor[:, self._panels[i]].T)
+
+
+def upper_blocks(factor: Array, order: Sequence[slice], panels: Sequence[slice], workers: Workers) -> Array:
+    """SᵀS with columns order[i] of S in the place panels[i], [n_in, n_in]: only blocks on and above the diagonal."""
+    a = np.zeros((factor.shape[1], factor.shape[1]), np.float32)
+
+    def block(pair: tuple[int, int]) -> None:
+        i, j = pair
+        np.matmul(factor[:, order[i]].T, factor[:, order[j]], out=a[panels[i], panels[j]])
+
+    workers.map(block, [(i, j) for j in range(len(panels)) for i in range(j + 1)])
+    return a
+
+
+def _positive(a: Double) -> tuple[Double, Double]:
+    """A symmetric matrix that is positive definite but for rounding, made so, and its inverse."""
+    values, vectors = np.linalg.eigh(a)
+    values = np.maximum(values, _SMALLEST * values[-1])
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
 def panel_factor(conditional: Array) -> Array:
     """Upper triangular U [p, p] with UᵀU = C⁻¹, for `descent.round_with_feedback`."""
-    return np.ascontiguousarray(_inverse_factor(conditional.astype(np.float64)), np.float32)
+    inverse = np.linalg.inv(conditional.astype(np.float64))
+    return np.ascontiguousarray(np.linalg.cholesky(inverse).T, np.float32)

@@ -18,11 +18,10 @@ from sq_stream.formats.blocks import BlockType
 from sq_stream.kernels import descent
 from sq_stream.parallel import Workers
 from sq_stream.quantize.grids import GRIDS, Scales, fit_scales
-from sq_stream.quantize.metric import DenseMetric, FactorMetric, Metric, panel_factor
+from sq_stream.quantize.metric import PANEL, DenseMetric, Errors, FactorMetric, Metric, panel_factor, upper_blocks
 
 Array = NDArray[np.float32]
 
-PANEL = 256  # columns decided together: a super-block, or eight blocks of 32
 MOST_SWEEPS = 8
 LEAST_GAIN = 0.003  # of the objective, for another sweep to be worth it
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
@@ -32,7 +31,6 @@ DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 class _Panel:
     """What has been decided for the rows of a tile in one panel."""
 
-    columns: slice  # of the matrix
     scales: Scales
     codes: Array  # [n, p]
 
@@ -54,7 +52,7 @@ class Shaper:
         self._type = block_type
         diagonal = residual + np.einsum("ij,ij->j", factor, factor)
         mean = float(diagonal.mean()) or 1.0
-        residual, factor = residual / mean + np.float32(DAMPING), factor / np.float32(mean**0.5)
+        residual = residual / mean + np.float32(DAMPING)
         n_in = len(residual)
         starts = range(0, n_in, PANEL)
         order = sorted(starts, key=lambda start: -float(diagonal[start : start + PANEL].sum()))
@@ -62,37 +60,38 @@ class Shaper:
         columns = np.concatenate([np.arange(panel.start, panel.stop) for panel in self._natural])
         bounds = np.cumsum([0, *(panel.stop - panel.start for panel in self._natural)])
         panels = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
-        residual, factor = residual[columns], np.ascontiguousarray(factor[:, columns])
         self._columns = columns
         self._metric: Metric
         if dense:
-            a = factor.T @ factor
-            a[np.diag_indices(n_in)] += residual
+            a = upper_blocks(factor, self._natural, panels, workers)
+            a /= np.float32(mean)
+            a[np.diag_indices(n_in)] += residual[columns]
             self._metric = DenseMetric(a, panels, workers)
         else:
-            self._metric = FactorMetric(residual, factor, panels, workers)
+            factor = np.take(factor, columns, axis=1)
+            factor /= np.float32(mean**0.5)
+            self._metric = FactorMetric(residual[columns], factor, panels, workers)
 
     def shape(self, w: Array) -> tuple[NDArray[np.uint8], float, float]:
         """Blocks of the rows w [n, n_in]; and their objective after the first pass and at the end."""
-        wanted = np.ascontiguousarray(w[:, self._columns])
-        panels = self._round(wanted.copy())
-        errors = np.hstack([_decode(p) for p in panels]) - wanted  # [n, n_in]
-        first = last = self._objective(errors)
+        errors = self._metric.errors(len(w))
+        panels = self._round(np.take(w, self._columns, axis=1), errors)
+        first = last = errors.objective()
         for _ in range(MOST_SWEEPS):
             before = last
             self._sweep(panels, errors)
-            last = self._objective(errors)
+            last = errors.objective()
             if last > (1 - LEAST_GAIN) * before:
                 break
         by_place = sorted(range(len(panels)), key=lambda i: self._natural[i].start)
         return np.hstack([panels[i].scales.pack(panels[i].codes) for i in by_place]), first, last
 
-    def _round(self, wanted: Array) -> list[_Panel]:
-        """The pass with error feedback; `wanted` [n, n_in] is used up."""
+    def _round(self, wanted: Array, errors: Errors) -> list[_Panel]:
+        """The pass with error feedback on the rows `wanted` [n, n_in], which fills `errors`."""
         grid, panels = GRIDS[self._type.name], []
         for i, own in enumerate(self._metric.panels):
-            conditional = self._metric.conditional(i)
-            x = np.ascontiguousarray(wanted[:, own])
+            conditional, shift = self._metric.conditional[i], errors.correction(i)
+            x = wanted[:, own] + shift
             scales = fit_scales(x, self._type, np.diag(conditional).copy())
             scale, offset = scales.values()
             codes = np.empty_like(x)
@@ -100,15 +99,15 @@ class Shaper:
                 x, scale, offset, _groups(scales, x.shape[1]), panel_factor(conditional),
                 np.float32(grid.lowest), np.float32(grid.highest), codes,
             )  # fmt: skip
-            wanted[:, own.stop :] += self._metric.correction(i, x)
-            panels.append(_Panel(own, scales, codes))
+            errors.add(i, shift - x)
+            panels.append(_Panel(scales, codes))
         return panels
 
-    def _sweep(self, panels: Sequence[_Panel], errors: Array) -> None:
-        """Descend once on the codes and scales of every panel, keeping errors [n, n_in] = decoded − wanted."""
+    def _sweep(self, panels: Sequence[_Panel], errors: Errors) -> None:
+        """Descend once on the codes and scales of every panel, keeping `errors` up to date."""
         grid = GRIDS[self._type.name]
         for i, panel in enumerate(panels):
-            gradient, metric = self._metric.gradient(i, errors), self._metric.block(i)
+            gradient, metric = errors.gradient(i), self._metric.block(i)
             moves = np.zeros_like(gradient)
             scale, offset = panel.scales.values()
             descent.descend_codes(
@@ -116,23 +115,9 @@ class Shaper:
                 np.float32(grid.lowest), np.float32(grid.highest), panel.codes, moves,
             )  # fmt: skip
             panel.scales.improve(gradient, metric, panel.codes, moves)
-            errors[:, panel.columns] += moves
-
-    def _objective(self, errors: Array) -> float:
-        """½ tr(E A Eᵀ)."""
-        gradients = (
-            np.einsum("ij,ij->", self._metric.gradient(i, errors), errors[:, own], dtype=np.float64)
-            for i, own in enumerate(self._metric.panels)
-        )
-        return 0.5 * float(sum(gradients))
+            errors.add(i, moves)
 
 
 def _groups(scales: Scales, p: int) -> NDArray[np.int64]:
     """Group of each of p columns."""
     return np.arange(p) // scales.group_size
-
-
-def _decode(panel: _Panel) -> Array:
-    scale, offset = panel.scales.values()
-    size = panel.scales.group_size
-    return np.repeat(scale, size, axis=1) * panel.codes + np.repeat(offset, size, axis=1)

@@ -1,0 +1,80 @@
+"""What the planner counts against what NumPy allocates."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sq_stream.calibrate.moments import ExactMoment, Moment, Needs, SketchedMoment
+from sq_stream.calibrate.ordered import InOrder
+from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sketch
+from sq_stream.formats.blocks import Q4_K
+from sq_stream.job.budget import BYTES_PER_SHAPED_ROW, BYTES_PER_SHAPED_WEIGHT
+from sq_stream.parallel import Workers
+from sq_stream.quantize.metric import DenseMetric, FactorMetric
+from sq_stream.quantize.shape import Shaper
+
+N_IN, RANK = 2816, 512
+
+
+@contextmanager
+def allocating(least: float, most: float) -> Iterator[None]:
+    """Check that the peak of what the block allocates is within these bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert least <= peak <= most, f"{peak / 2**20:.1f} MiB, expected {least / 2**20:.1f} to {most / 2**20:.1f}"
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("rank", [N_IN, RANK])
+def test_a_metric(rank: int) -> None:
+    residual, factor = np.ones(N_IN, np.float32), random(rank, N_IN)
+    is_dense = rank == N_IN
+    needed = DenseMetric.needed_bytes(N_IN, 2) if is_dense else FactorMetric.needed_bytes(N_IN, rank)
+    with Workers(2) as workers, allocating(0.7 * needed, needed):
+        Shaper(residual, factor, Q4_K, workers, dense=is_dense)
+
+
+@pytest.mark.parametrize("n_in", [512, N_IN])
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_a_shaped_tile(n_in: int, is_dense: bool) -> None:
+    w = random(256, n_in)
+    needed = w.size * BYTES_PER_SHAPED_WEIGHT + len(w) * BYTES_PER_SHAPED_ROW - w.nbytes
+    with Workers(2) as workers:
+        shaper = Shaper(np.ones(n_in, np.float32), random(n_in // 2 - 1, n_in), Q4_K, workers, dense=is_dense)
+        shaper.shape(w)  # compiled
+        with allocating(0.6 * needed, needed):
+            shaper.shape(w)
+
+
+@pytest.mark.parametrize("rank", [N_IN, RANK])
+def test_reading_a_sketch(rank: int, tmp_path: Path) -> None:
+    panels = [random(rank, min(1024, N_IN - start)) for start in range(0, N_IN, 1024)]
+    write_sketch(tmp_path / "x", Factored(1, np.full(N_IN, 2.0 * rank, np.float32), panels))
+    needed = Sketch.needed_bytes(N_IN, rank)
+    with allocating(0.7 * needed, needed):
+        read_sketch(tmp_path / "x")
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_second_moment(is_exact: bool, tmp_path: Path) -> None:
+    n = 128
+    needs: Needs = ExactMoment.needs(N_IN) if is_exact else SketchedMoment.needs(N_IN, RANK, n)
+    x = random(n, N_IN)
+    with allocating(0.7 * (needs.resident + needs.adding), 1.01 * (needs.resident + needs.adding)):
+        moment: Moment = ExactMoment(N_IN, InOrder()) if is_exact else SketchedMoment(N_IN, RANK, InOrder())
+        moment.add(0, x)
+    with allocating(0.2 * needs.finishing, needs.finishing):
+        write_sketch(tmp_path / "x", moment.finish(1.0))
