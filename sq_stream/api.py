@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from sq_stream.calibrate.imatrix import export_imatrix
 from sq_stream.errors import BadInputError, UsageError
-from sq_stream.events import Finished, OnEvent, ignore
+from sq_stream.events import Finished, Note, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
-from sq_stream.job.plan import Plan, make_plan
+from sq_stream.job.plan import Plan, check_place, make_plan
 from sq_stream.job.run import run
 from sq_stream.job.settings import DEFAULT_MAX_RAM, Options, parse_settings
 from sq_stream.job.statistics import gather
@@ -88,9 +88,13 @@ def calibrate(
     Raises:
         SqStreamError: it cannot be done or was stopped; finished layers are kept.
     """
+    if imatrix_out is not None:
+        check_place(Path(imatrix_out))
     job = plan(model_dir, **options)
     if job.statistics is None or job.calibration is None:
         raise UsageError("there is nothing to calibrate with --effort fast or --imatrix")
+    for note in job.notes:
+        on_event(Note(note))
     with job.checkpoint, gather(job.statistics, job.settings, job.spec, on_event) as sketches:
         if imatrix_out is not None:
             n_windows, n_ctx = job.calibration.windows.shape

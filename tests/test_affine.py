@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from oracles.ggml import ggml_encode
 from reference_affine import fit
+from weight_samples import EDGE_CASES, column_importance, heavy_tailed, squared_error
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.blocks import Q4_K, Q5_K, BlockType
@@ -28,48 +29,6 @@ both_types = pytest.mark.parametrize("block_type", [Q4_K, Q5_K], ids=lambda t: t
 
 def decode(blocks: NDArray[np.uint8], block_type: BlockType) -> Array:
     return dequantize(blocks, GGMLQuantizationType(block_type.ggml_id))
-
-
-def squared_error(x: Array, blocks: NDArray[np.uint8], block_type: BlockType, importance: Array | None = None) -> float:
-    weights = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
-    return float((weights * (x.astype(np.float64) - decode(blocks, block_type)) ** 2).sum())
-
-
-def heavy_tailed(seed: int, n_rows: int = 64, n_in: int = 768) -> Array:
-    """Like trained weights: Student t, rows and columns of different size."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.exp(0.3 * rng.standard_normal((n_rows, 1))), np.exp(0.3 * rng.standard_normal(n_in))
-    return (0.02 * rows * columns * rng.standard_t(5, (n_rows, n_in))).astype(np.float32)
-
-
-def column_importance(seed: int, n_in: int) -> Array:
-    return np.exp(1.5 * np.random.default_rng(seed).standard_normal(n_in)).astype(np.float32)
-
-
-def edge_cases() -> dict[str, Array]:
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal((2, 256)).astype(np.float32)
-    outlier = noise.copy()
-    outlier[:, 77] = 300
-    blocks = noise.copy()
-    blocks[:, :128] = 0
-    return {
-        "zeros": np.zeros_like(noise),
-        "constant": np.full_like(noise, 0.37),
-        "negative constant": np.full_like(noise, -0.37),
-        "positive": 5 + noise / 10,
-        "negative": -5 + noise / 10,
-        "one value": np.where(np.arange(256) == 3, np.float32(1), np.float32(0)) * np.ones_like(noise),
-        "outlier": outlier,
-        "zero blocks": blocks,
-        "two values": np.sign(noise),
-        "large": 6e4 * np.sign(noise) + noise,
-        "unit of fp16": noise * np.float32(2.0**-24),
-        "fp16 subnormals": noise * np.float32(1e-6),
-    }
-
-
-EDGE_CASES = edge_cases()
 
 
 @both_types
@@ -93,8 +52,8 @@ def test_equals_the_numpy_reference(block_type: BlockType, weighted: bool) -> No
 def test_error_is_below_that_of_ggml(block_type: BlockType, seed: int) -> None:
     x = heavy_tailed(seed)
     for importance in (None, column_importance(seed, x.shape[1])):
-        ours = squared_error(x, ENCODERS[block_type](x, importance), block_type, importance)
-        theirs = squared_error(x, ggml_encode(x, block_type, importance), block_type, importance)
+        ours = squared_error(x, decode(ENCODERS[block_type](x, importance), block_type), importance)
+        theirs = squared_error(x, decode(ggml_encode(x, block_type, importance), block_type), importance)
         assert ours < 0.97 * theirs
 
 
@@ -103,10 +62,10 @@ def test_error_is_below_that_of_ggml(block_type: BlockType, seed: int) -> None:
 def test_edge_case_is_no_worse_than_ggml(block_type: BlockType, case: str) -> None:
     x = EDGE_CASES[case]
     for importance in (None, column_importance(3, x.shape[1])):
-        blocks = ENCODERS[block_type](x, importance)
-        assert np.isfinite(decode(blocks, block_type)).all()
-        theirs = squared_error(x, ggml_encode(x, block_type, importance), block_type, importance)
-        assert squared_error(x, blocks, block_type, importance) <= theirs * (1 + 1e-6)
+        y = decode(ENCODERS[block_type](x, importance), block_type)
+        assert np.isfinite(y).all()
+        theirs = squared_error(x, decode(ggml_encode(x, block_type, importance), block_type), importance)
+        assert squared_error(x, y, importance) <= theirs * (1 + 1e-6)
 
 
 @both_types
@@ -133,10 +92,10 @@ def test_values_beyond_the_format_are_clipped(block_type: BlockType, value: floa
 @both_types
 def test_encoding_what_was_decoded_keeps_it(block_type: BlockType) -> None:
     x = heavy_tailed(4)
-    once = ENCODERS[block_type](x)
-    again = ENCODERS[block_type](decode(once, block_type))
-    assert squared_error(decode(once, block_type), again, block_type) < 0.07 * squared_error(x, once, block_type)
-    assert squared_error(x, again, block_type) < 1.1 * squared_error(x, once, block_type)
+    once = decode(ENCODERS[block_type](x), block_type)
+    again = decode(ENCODERS[block_type](once), block_type)
+    assert squared_error(once, again) < 0.07 * squared_error(x, once)
+    assert squared_error(x, again) < 1.1 * squared_error(x, once)
 
 
 @both_types
@@ -197,10 +156,8 @@ def test_column_that_weighs_more_is_stored_better(block_type: BlockType) -> None
 def test_columns_without_weight_still_get_their_nearest_codes() -> None:
     x, importance = heavy_tailed(8), np.ones(768, np.float32)
     importance[:256] = 0
-    unweighted, plain = encode_q4_k(x, importance)[:, :144], encode_q4_k(x, None)[:, :144]
-    assert squared_error(x[:, :256], unweighted, Q4_K) == pytest.approx(
-        squared_error(x[:, :256], plain, Q4_K), rel=1e-3
-    )
+    unweighted, plain = (decode(encode_q4_k(x, i), Q4_K)[:, :256] for i in (importance, None))
+    assert squared_error(x[:, :256], unweighted) == pytest.approx(squared_error(x[:, :256], plain), rel=1e-3)
 
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sq_stream.cli import cli
 from sq_stream.demo import model_folder
 from sq_stream.demo.generate import read_model
 from sq_stream.errors import BadInputError, DoesNotFitError, UsageError
-from sq_stream.events import Event, StageStarted, TensorFinished
+from sq_stream.events import Event, Note, StageStarted, TensorFinished
 from sq_stream.models.forward import forward
 from sq_stream.quantize.metric import DenseMetric
 from sq_stream.text.encode import Tokenizer
@@ -149,6 +150,22 @@ def test_a_stopped_job_resumes_to_the_same_bytes(
     assert path.read_bytes() == shaped.read_bytes()
 
 
+def test_statistics_that_vanish_while_they_are_used_are_computed_again(
+    shaped: Path, cache: Path, quantize: Callable[..., list[Event]], tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(cache, tmp_path / "cache"))
+    events: list[Event] = []
+
+    def remove(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, TensorFinished) and event.name.startswith("blk.2."):
+            shutil.rmtree(own, ignore_errors=True)
+
+    quantize(tmp_path / "out.gguf", pure=True, cache=own, on_event=remove)
+    assert [event.text for event in events if isinstance(event, Note) and "calibrating anew" in event.text]
+    assert (tmp_path / "out.gguf").read_bytes() == shaped.read_bytes()
+
+
 def test_the_file_says_what_it_was_fitted_to(shaped: Path) -> None:
     fields = gguf.GGUFReader(shaped).fields
     assert fields["sq_stream.effort"].contents() == "balanced"
@@ -175,7 +192,7 @@ def test_an_importance_matrix_in_place_of_a_calibration(
         ({"calib": ["x.txt"], "imatrix": "m.gguf"}, UsageError, "takes the place"),
         ({"calib_extend": True}, UsageError, "name them with --calib"),
         ({"calib": ["short.txt"]}, BadInputError, "too short"),
-        ({"ctx": 3}, UsageError, "at least 64"),
+        ({"ctx": 3}, UsageError, "--ctx 3: a window has 64 to"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

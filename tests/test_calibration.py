@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import tiny_models
+from calibrations import BATCH_TOKENS, OPTIONS, WINDOWS, Stop, assert_same_bits, calibrate, run
 from gguf_files import describe
 
 from sq_stream.calibrate import budget as budgets
-from sq_stream.calibrate import calibration, forward, weights
+from sq_stream.calibrate import calibration, weights
 from sq_stream.calibrate.budget import FIXED_BYTES, rank_choices
 from sq_stream.calibrate.calibration import plan_calibration
 from sq_stream.calibrate.sketch import Sketch
-from sq_stream.calibrate.store import Store, default_folder
-from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError, StorageError
-from sq_stream.events import Note, Progress, StageStarted, ignore
+from sq_stream.calibrate.store import Store
+from sq_stream.errors import BadInputError, DoesNotFitError
+from sq_stream.events import Progress, StageStarted
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.forward import find_decoder
 from sq_stream.models.forward import forward as forward_in_memory
 
 NAMES = [name for name, model in tiny_models.MODELS.items() if not model.mtp]
-WINDOWS = np.random.RandomState(2).randint(0, tiny_models.N_VOCAB, (11, 40)).astype(np.int32)
-OPTIONS = {"max_ram": 2**30, "threads": 2}
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    """Three windows to a batch: four batches."""
-    monkeypatch.setattr(budgets, "BATCH_TOKENS", 120)
+    monkeypatch.setattr(budgets, "BATCH_TOKENS", BATCH_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +43,6 @@ def open_model(tmp_path_factory):
     yield open_
     for checkpoint, _ in opened.values():
         checkpoint.close()
-
-
-def calibrate(model, folder, windows=WINDOWS, on_event=ignore, **options):
-    return plan_calibration(*model, windows, Store(folder), **{**OPTIONS, **options}).run(on_event)
-
-
-def run(model, folder, windows=WINDOWS, **options):
-    """(sketches by name, notes) of a calibration."""
-    notes = []
-    on_event = options.pop("on_event", lambda _: None)
-
-    def listen(event):
-        if isinstance(event, Note):
-            notes.append(event.text)
-        on_event(event)
-
-    with calibrate(model, folder, windows, listen, **options) as sketches:
-        return dict(sketches), notes
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name].factor, b[name].factor)
-        np.testing.assert_array_equal(a[name].residual, b[name].residual)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,17 +81,6 @@ def test_threads_and_memory_do_not_change_a_bit(open_model, tmp_path, monkeypatc
     assert "blk.0.ffn_down.weight" in reads
 
 
-class Stop:
-    """Raises KeyboardInterrupt at the given layer's first progress."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def __call__(self, event):
-        if isinstance(event, Progress) and event.tensor.startswith(f"layer {self.layer} "):
-            raise KeyboardInterrupt
-
-
 def test_interrupted_work_goes_on_at_the_last_finished_layer(open_model, tmp_path):
     model = open_model("qwen35")
     expected, _ = run(model, tmp_path / "whole")
@@ -136,20 +96,6 @@ def test_interrupted_work_goes_on_at_the_last_finished_layer(open_model, tmp_pat
     assert not list(tmp_path.rglob("*.zst"))
 
 
-def test_a_damaged_residual_stream_is_computed_again(open_model, tmp_path):
-    model = open_model("llama")
-    expected, _ = run(model, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "parts", on_event=Stop(2))
-    chunk = next((tmp_path / "parts").rglob("1-000002.zst"))
-    data = bytearray(chunk.read_bytes())
-    data[len(data) // 2] ^= 1
-    chunk.write_bytes(data)
-    sketches, notes = run(model, tmp_path / "parts")
-    assert any("1-000002.zst is damaged" in note for note in notes)
-    assert_same_bits(sketches, expected)
-
-
 def test_a_second_calibration_only_reads(open_model, tmp_path, monkeypatch):
     model = open_model("llama")
     expected, _ = run(model, tmp_path)
@@ -157,36 +103,6 @@ def test_a_second_calibration_only_reads(open_model, tmp_path, monkeypatch):
     sketches, notes = run(model, tmp_path, threads=1)
     assert_same_bits(sketches, expected)
     assert notes == [f"calibration found in {tmp_path / Store(tmp_path).list()[0].key}"]
-
-
-@pytest.mark.parametrize("file", ["blk.1.ffn_gate.sketch", "journal"])
-@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
-def test_damaged_entries_are_computed_again(open_model, tmp_path, file, how):
-    model = open_model("llama")
-    expected, _ = run(model, tmp_path)
-    path = next(tmp_path.rglob(file))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 4
-    path.write_bytes(data if how == "changed" else data[: len(data) // 4])
-    if how == "gone":
-        path.unlink()
-    sketches, notes = run(model, tmp_path)
-    assert_same_bits(sketches, expected)
-    if file != "journal":
-        assert any(f"{file} is damaged" in note for note in notes)
-    assert run(model, tmp_path)[1][0].startswith("calibration found")
-
-
-def test_an_entry_of_another_calibration_is_not_believed(open_model, tmp_path):
-    model = open_model("llama")
-    run(model, tmp_path, WINDOWS[:3])
-    other = Store(tmp_path).list()[0].key
-    run(model, tmp_path)
-    (own,) = {summary.key for summary in Store(tmp_path).list()} - {other}
-    shutil.rmtree(tmp_path / own)
-    (tmp_path / other).rename(tmp_path / own)
-    _, notes = run(model, tmp_path)
-    assert any("of another calibration" in note for note in notes)
 
 
 def test_what_sketches_depend_on(open_model, tmp_path):
@@ -221,36 +137,7 @@ def test_the_store_is_cleared(open_model, tmp_path):
 
 def test_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "sq-stream"
-
-
-def test_two_at_once_are_refused(open_model, tmp_path):
-    model = open_model("llama")
-    with (
-        calibrate(model, tmp_path),
-        pytest.raises(InterruptedJobError, match="another process is at work"),
-    ):
-        run(model, tmp_path)
-
-
-def test_a_full_disk_loses_nothing(open_model, tmp_path, monkeypatch):
-    model = open_model("llama")
-    expected, _ = run(model, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-
-        def full(path, x):
-            raise StorageError(f"writing {path} failed (No space left on device)")
-
-        patch.setattr(forward, "write_chunk", full)
-        with pytest.raises(StorageError, match="No space left"):
-            run(model, tmp_path / "parts", threads=3)
-    assert_same_bits(run(model, tmp_path / "parts")[0], expected)
-
-
-def test_a_disk_that_is_too_small_is_refused(open_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(DoesNotFitError, match="--cache"):
-        run(open_model("llama"), tmp_path)
+    assert Store().folder == tmp_path / "sq-stream"
 
 
 @pytest.mark.parametrize("windows", [np.zeros((0, 40), np.int32), np.zeros(40, np.int32)])

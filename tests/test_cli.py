@@ -72,6 +72,18 @@ def test_exit_codes_of_the_help_are_those_of_the_errors() -> None:
             2,
             "among the files of the checkpoint",
         ),
+        (["calibrate", MODEL, "--calib", "no-such-file"], 2, "no-such-file: no such calibration file"),
+        (["calibrate", MODEL, "--calib", MODEL], 6, "Is a directory"),
+        (["calibrate", MODEL, "--calib", f"{MODEL}/model.safetensors"], 4, "convert it to UTF-8"),
+        (["calibrate", MODEL, "--calib", f"{MODEL}/config.json"], 4, "not a list or array of token ids"),
+        (["calibrate", MODEL, "--calib", f"{MODEL}/README.md"], 4, "tokens make 1/0/0 windows of 512 tokens"),
+        (["calibrate", MODEL, "--ctx", "63"], 2, "--ctx 63: a window has 64 to"),
+        (["calibrate", MODEL, "--windows", "0"], 2, "--windows 0: at least one window is needed"),
+        (["calibrate", MODEL, "--imatrix-out", "no-such-folder/m.gguf"], 6, "no-such-folder"),
+        (["quantize", MODEL, "--calib", f"{MODEL}/config.json"], 4, "not a list or array of token ids"),
+        (["quantize", MODEL, "--windows", "0"], 2, "--windows 0: at least one window is needed"),
+        (["quantize", MODEL, "--imatrix", "no-such-file"], 2, "no-such-file: no such importance matrix"),
+        (["quantize", MODEL, "--imatrix", f"{MODEL}/model.safetensors"], 4, "is no importance matrix"),
         (["verify", f"{MODEL}/config.json"], 4, "config.json"),
         (["inspect", "no-such-file"], 4, "no-such-file"),
     ],
@@ -80,6 +92,7 @@ def test_errors(
     arguments: list[str], exit_code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = run(*arguments)
     assert (result.exit_code, message in result.stderr) == (exit_code, True), result.stderr
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from oracles.ggml import ggml_encode
+from weight_samples import EDGE_CASES, N_IN, column_importance, heavy_tailed, squared_error
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.blocks import BF16, BLOCK_TYPES, F16, F32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, BlockType
@@ -27,51 +28,8 @@ from sq_stream.kernels.codec import decode, encode
 
 Array = NDArray[np.float32]
 
-N_IN = 768
 HALF_ROUNDING = 2.0**-22  # relative squared error that comes of rounding an fp16 scale
 finite = st.floats(-(2.0**15), 2.0**15, width=32)
-
-
-def squared_error(x: Array, y: Array, importance: Array | None = None) -> float:
-    weights = 1 if importance is None else importance.astype(np.float64)
-    return float((weights * np.square(x.astype(np.float64) - y)).sum())
-
-
-def heavy_tailed(seed: int, n_rows: int = 48) -> Array:
-    """Like trained weights: Student t, rows and columns of different size."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.exp(0.3 * rng.standard_normal((n_rows, 1))), np.exp(0.3 * rng.standard_normal(N_IN))
-    return (0.02 * rows * columns * rng.standard_t(5, (n_rows, N_IN))).astype(np.float32)
-
-
-def column_importance(seed: int, n_in: int = N_IN) -> Array:
-    return np.exp(np.random.default_rng(seed).standard_normal(n_in)).astype(np.float32)
-
-
-def edge_cases() -> dict[str, Array]:
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal((16, 256)).astype(np.float32)
-    outlier, half_zero = noise.copy(), noise.copy()
-    outlier[:, 77] = 300
-    half_zero[:, :128] = 0
-    return {
-        "zeros": np.zeros_like(noise),
-        "constant": np.full_like(noise, 0.37),
-        "negative constant": np.full_like(noise, -0.37),
-        "positive": 5 + noise / 10,
-        "negative": -5 + noise / 10,
-        "one value": np.where(np.arange(256) == 3, np.float32(1), np.float32(0)) * np.ones_like(noise),
-        "outlier": outlier,
-        "half zero": half_zero,
-        "two values": np.sign(noise),
-        "large": 6e4 * np.sign(noise) + noise,
-        "fp16 subnormals": noise * np.float32(1e-6),
-        "unit of fp16": noise * np.float32(2.0**-24),
-        "float32 subnormals": noise * np.float32(1e-40),
-    }
-
-
-EDGE_CASES = edge_cases()
 
 
 class BlockTypeContract:
@@ -169,7 +127,7 @@ class QuantizedContract(BlockTypeContract):
     @pytest.mark.parametrize("value", [1e9, 1e20, 3e38])
     def test_values_beyond_the_range_are_clipped(self, value: float) -> None:
         x = np.float32(value) * EDGE_CASES["two values"]
-        x[:, 128:] *= np.random.default_rng(2).random((16, 128), np.float32)
+        x[:, 128:] *= np.random.default_rng(2).random((len(x), 128), np.float32)
         for importance in self.importances(256):
             y = decode(encode(x, self.block_type, importance), self.block_type)
             assert np.isfinite(y).all()

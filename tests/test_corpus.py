@@ -16,7 +16,7 @@ from vocabularies import folder_of, n_vocab_of
 from sq_stream.calibrate import corpus as corpora
 from sq_stream.calibrate.corpus import MAX_REPEATED, MIX, PARTS, SHINGLE, WINDOWS, Corpus, bos_id, build_corpus
 from sq_stream.calibrate.documents import GIVEN, MAX_FILE, Document, packaged, read_files, split
-from sq_stream.errors import BadInputError, SqStreamError, UsageError
+from sq_stream.errors import BadInputError, StorageError, UsageError
 from sq_stream.formats.metadata import boolean, u32
 from sq_stream.text.encode import Tokenizer
 from sq_stream.text.vocabulary import Vocabulary, read_vocabulary
@@ -233,6 +233,12 @@ def test_pieces_are_the_whole_text(tmp_path: Path) -> None:
             assert "".join(pieces) == text
 
 
+def npy_header(n: int) -> bytes:
+    """A file of int32 that says it has `n`, and has 25."""
+    header = f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({n},), }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(100)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -255,8 +261,12 @@ def test_pieces_are_the_whole_text(tmp_path: Path) -> None:
         ("a.json", b"[1, 2, 3]", BadInputError, "3 tokens make 0/0/0 windows"),
         ("a.npy", b"", BadInputError, "not a list or array of token ids"),
         ("a.npy", b"\x93NUMPY\x01\x00garbage", BadInputError, "not a list or array of token ids"),
+        ("a.npy", b"PK\x03\x04 is not an archive", BadInputError, "not a list or array of token ids"),
+        ("a.npy", npy_header(10**12), BadInputError, "not a list or array of token ids"),
+        ("a.npy", npy_header(10**30), BadInputError, "not a list or array of token ids"),
+        ("a.npy", npy_header(-5), BadInputError, "not a list or array of token ids"),
         ("missing.txt", None, UsageError, "no such calibration file"),
-        (".", None, SqStreamError, "cannot be read"),
+        (".", None, StorageError, "give the name of a file"),
     ],
 )
 def test_errors(
@@ -281,9 +291,16 @@ def test_arrays_that_hold_no_token_ids(array: np.ndarray, tmp_path: Path) -> Non
         read_files([tmp_path / "ids.npy"], 100)
 
 
-@pytest.mark.parametrize("options", [{"ctx": 63}, {"windows": (10, 0, 3)}])
-def test_too_small_settings(options: dict[str, object], smollm2: Model) -> None:
-    with pytest.raises(UsageError, match="at least 64 tokens"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ctx": 63}, "--ctx 63: a window has 64 to 1048576 tokens"),
+        ({"ctx": 10**30}, "--ctx 10+: a window has 64 to 1048576 tokens"),
+        ({"windows": (10, 0, 3)}, "--windows 0: at least one window"),
+    ],
+)
+def test_settings_that_are_too_small_or_too_large(options: dict[str, object], message: str, smollm2: Model) -> None:
+    with pytest.raises(UsageError, match=message):
         build_corpus(*smollm2, **options)  # type: ignore[arg-type]
 
 

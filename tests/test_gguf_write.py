@@ -219,7 +219,7 @@ def test_only_one_writer_at_a_time(tmp_path, start):
     data = random_data(LAYOUT)
     with GGUFFile.create(tmp_path / "x.gguf", LAYOUT) as file:
         file.write_rows(LAYOUT.tensors[0], 0, data[0])
-        with pytest.raises(InterruptedJobError, match="another process is writing"):
+        with pytest.raises(InterruptedJobError, match="another process is at work"):
             start(tmp_path / "x.gguf", LAYOUT)
         np.testing.assert_array_equal(file.read_rows(LAYOUT.tensors[0], 0, 4), data[0])
 

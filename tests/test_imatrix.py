@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import is_linear
 from sq_stream.errors import BadInputError
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.gguf_read import GGUFReader
 
 DATASETS = ["prose.txt", "code.py"]
 
@@ -101,9 +103,15 @@ def test_the_older_format_is_imported(tmp_path, means, spec):
     [
         (lambda m: m.update({"blk.0.ffn_down.weight": np.ones(256, np.float32)}), "256 columns, the model's has 512"),
         (lambda m: m.update({"blk.7.attn_q.weight": np.ones(192, np.float32)}), "blk.7.attn_q.weight is no linear"),
+        (lambda m: m.update({"blk.2.attn_q.weight": np.ones(192, np.float32)}), "blk.2.attn_q.weight is no linear"),
+        (
+            lambda m: [m.pop(name) for name in list(m) if "blk.1." in name],
+            r"has nothing of layers \[1\] of 2; it is of",
+        ),
         (lambda m: (m.clear(), m.update({"output.weight": np.ones(9, np.float32)})), "names none"),
         (lambda m: m.update({"blk.0.attn_q.weight": np.full(192, np.nan, np.float32)}), "blk.0.attn_q.weight holds"),
         (lambda m: m.update({"blk.0.attn_q.weight": np.full(192, -1, np.float32)}), "blk.0.attn_q.weight holds"),
+        (lambda m: m.update({name: 0 * mean for name, mean in m.items()}), "holds no data"),
     ],
 )
 def test_those_of_another_model_are_refused(tmp_path, means, spec, write, change, words):
@@ -116,6 +124,39 @@ def test_those_of_another_model_are_refused(tmp_path, means, spec, write, change
         write_legacy(path, means)
     with pytest.raises(BadInputError, match=words):
         import_imatrix(path, spec)
+
+
+@pytest.mark.parametrize("count", [np.nan, np.inf, -1.0])
+def test_counts_that_cannot_be_are_refused(tmp_path, means, spec, exported, count):
+    with GGUFReader.open(exported) as reader:
+        offset = reader.tensors["blk.0.attn_q.weight.counts"].offset
+    data = bytearray(exported.read_bytes())
+    data[offset : offset + 4] = struct.pack("<f", count)
+    exported.write_bytes(data)
+    with pytest.raises(BadInputError, match=f"blk.0.attn_q.weight was seen by {count} tokens: it is damaged"):
+        import_imatrix(exported, spec)
+
+
+@pytest.mark.parametrize("write", ["gguf", "legacy"])
+def test_nothing_beyond_the_file_is_believed(tmp_path, means, spec, exported, write):
+    """Any changed bytes: an error that names the file, or other values; and no memory for what is not there."""
+    path = exported if write == "gguf" else write_legacy(tmp_path / "imatrix.dat", means)
+    data, random = path.read_bytes(), np.random.RandomState(0)
+    refused = 0
+    tracemalloc.start()
+    for _ in range(300):
+        changed = bytearray(data)
+        at = int(len(data) * random.random_sample() ** 4)
+        changed[at : at + 4] = random.choice([b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", random.bytes(4)])
+        path.write_bytes(changed)
+        try:
+            import_imatrix(path, spec)
+        except BadInputError as error:
+            refused += path.name in str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused > 30
+    assert peak < 20 * len(data) + 2**22
 
 
 def test_layers_for_multi_token_prediction_may_be_in_it(tmp_path, means, spec):

@@ -202,6 +202,16 @@ def test_a_disk_that_fills_up_leaves_a_job_to_resume(
     assert path.read_bytes() == whole
 
 
+def test_a_disk_that_is_full_at_the_start_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", failing)  # of the journal, after the file has taken its space
+    with pytest.raises(StorageError, match="No space left"):
+        quantize(MODEL, tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_architectures_are_named(copy: Path, tmp_path: Path) -> None:
     config = (copy / "config.json").read_text().replace("Qwen3_5ForCausalLM", "Qwen9ForCausalLM")
     (copy / "config.json").write_text(config)

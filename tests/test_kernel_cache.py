@@ -22,8 +22,10 @@ def kernels(tmp_path: Path) -> Path:
     """The kernels of a copy of the package."""
     source, copy = Path(sq_stream.__file__).parent, tmp_path / "sq_stream"
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(source / "kernels", copy / "kernels", ignore=ignore)
-    shutil.copy(source / "__init__.py", copy)
+    for part in ("kernels", "formats"):
+        shutil.copytree(source / part, copy / part, ignore=ignore)
+    for file in ("__init__.py", "errors.py"):
+        shutil.copy(source / file, copy)
     return copy / "kernels"
 
 

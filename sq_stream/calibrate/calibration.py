@@ -6,8 +6,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,16 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.budget import MIB, Budget, Layer, budgets, measure_layers, rank_choices
 from sq_stream.calibrate.forward import LostWorkError, run_forward
+from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Entry, Store
 from sq_stream.calibrate.weights import LayerReader
-from sq_stream.errors import BadInputError, DoesNotFitError
+from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import Decoder, find_decoder
+from sq_stream.models.layers import Site
 from sq_stream.units import format_size
 
 VERSION = 2
@@ -72,15 +73,15 @@ class Calibration:
             DoesNotFitError: the disk is too small.
         """
         folder = next(path for path in (self.store.folder, *self.store.folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(folder).free
-        if free < self.peak_disk:
+        free, needed = shutil.disk_usage(folder).free, self.peak_disk - self.store.n_bytes(self.identity)
+        if free < needed:
             raise DoesNotFitError(
-                f"{self.store.folder}: calibration needs up to {format_size(self.peak_disk)} of disk space and "
+                f"{self.store.folder}: calibration needs up to {format_size(needed)} of disk space and "
                 f"{format_size(free)} are free: make room, or choose another place with --cache"
             )
 
     def run(self, on_event: OnEvent = ignore) -> Sketches:
-        """The sketches, computed only if the store does not have them.
+        """The sketches, computed only if the store does not have them, and again if they are damaged when needed.
 
         Raises:
             BadInputError: NaN or infinite weights or activations.
@@ -88,13 +89,41 @@ class Calibration:
             InterruptedJobError: another process is computing the same.
             StorageError: reading or writing failed; finished layers are kept.
         """
+        entry = self._complete(on_event)
+
+        def load(site: Site) -> Sketch:
+            nonlocal entry
+            try:
+                return entry.load(site)
+            except (BadInputError, StorageError) as error:
+                on_event(Note(f"{error}; calibrating anew"))
+                entry.discard()
+                entry = self._complete(on_event)
+                return entry.load(site)
+
+        def close() -> None:
+            entry.close()
+
+        return Sketches(self.spec, {site.linears: site.n_dead for site in entry.sites}, load, close)
+
+    def _complete(self, on_event: OnEvent) -> Entry:
+        """The entry of the store, with all of its steps done."""
         about = {"model": self.model, "n_tokens": self.windows.size}
         entry = self.store.open(self.identity, about, self.decoder.n_layer + 1, on_event)
+        resumed = entry.done > 0
         try:
             if not entry.complete:
                 self._compute(entry, on_event)
-            dead = {site: about["n_dead"] for site, about in entry.sites.items()}
-            return Sketches(self.spec, dead, entry.load, entry.close)
+            return entry
+        except LostWorkError as error:
+            entry.discard()
+            if not resumed:
+                raise
+            on_event(Note(f"{error}; calibrating from the first layer on"))
+            return self._complete(on_event)
+        except BadInputError:
+            entry.discard()
+            raise
         except BaseException:
             entry.close()
             raise
@@ -105,15 +134,17 @@ class Calibration:
                 f"{entry.folder} is damaged, and computing it again needs more memory than --max-ram gives: raise it, "
                 "or run the same command again to make do with a coarser calibration"
             )
-        self.check_disk()
-        energy = self.identity["energy"]
-        run = partial(run_forward, self.reader, self.decoder, self.windows, self.layers, entry, self.budget)
-        try:
-            run(energy=energy, on_event=on_event)
-        except LostWorkError as error:
-            on_event(Note(f"{error}; calibrating from the first layer on"))
-            entry.restart()
-            run(energy=energy, on_event=on_event)
+        replace(self, found=False).check_disk()
+        run_forward(
+            self.reader,
+            self.decoder,
+            self.windows,
+            self.layers,
+            entry,
+            self.budget,
+            energy=self.identity["energy"],
+            on_event=on_event,
+        )
 
 
 def plan_calibration(

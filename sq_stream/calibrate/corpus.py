@@ -21,7 +21,8 @@ from sq_stream.text.pretokenizer import ADDS_BOS
 from sq_stream.text.vocabulary import Vocabulary
 
 CTX = 512
-MIN_CTX = 64
+CTX_RANGE = (64, 2**20)
+"""Fewest and most tokens of a window."""
 WINDOWS = (360, 60, 120)
 """Windows for the fit, for the convergence test and for the held-out test."""
 PARTS = ("calib", "convergence", "heldout")
@@ -81,18 +82,20 @@ def build_corpus(
     Args:
         tokenizer: of the checkpoint.
         vocabulary: of the same checkpoint; says how many token ids there are, and has the chat template.
-        ctx: tokens in a window, at least 64.
+        ctx: tokens in a window, within `CTX_RANGE`.
         files: text, or token ids (`read_files`), in place of the packaged text.
         extend: take the packaged text too, for half of the windows.
         windows: most windows for the fit, for the convergence test and for the held-out test.
 
     Raises:
-        UsageError: `ctx` or `windows` is too small, or there is no such file.
+        UsageError: `ctx` or `windows` is too small or too large, or there is no such file.
         BadInputError: a file holds nothing usable, or the text is too short.
         StorageError: a file cannot be read.
     """
-    if ctx < MIN_CTX or min(windows) < 1:
-        raise UsageError(f"{windows} windows of {ctx} tokens: at least {MIN_CTX} tokens, and one window of each part")
+    if not CTX_RANGE[0] <= ctx <= CTX_RANGE[1]:
+        raise UsageError(f"--ctx {ctx}: a window has {CTX_RANGE[0]} to {CTX_RANGE[1]} tokens")
+    if min(windows) < 1:
+        raise UsageError(f"--windows {min(windows)}: at least one window is needed")
     given = read_files(files, vocabulary.n_tokens)
     own = packaged() if extend or not files else []
     parts = [a + b for a, b in zip(split(own), split(given), strict=True)]
@@ -107,11 +110,11 @@ def build_corpus(
     chosen = [_choose(pool, n) for pool, n in zip(pools, windows, strict=True)]
     counts = [len(part.tokens) for part in chosen]
     if min(counts) < 1:
-        where = ", ".join(map(str, files)) or "the packaged text"
+        where = [*map(str, files), *(["the packaged text"] if own else [])]
         raise BadInputError(
-            f"{where}: {sum(map(len, texts))} tokens make {_listed(available)} windows of {ctx} tokens, of which "
-            f"{n_repeated} repeat another part's text: too short, at least one window of each is needed; "
-            f"give more text (about {10 * ctx} tokens or more, without repetitions)"
+            f"{', '.join(where)}: {sum(map(len, texts))} tokens make {_listed(available)} windows of {ctx} tokens "
+            f"({'/'.join(PARTS)}), of which {n_repeated} repeat another part's text: too short, at least one window of "
+            f"each is needed; give more text (about {10 * ctx} tokens or more, without repetitions) or a smaller --ctx"
         )
     if n_repeated:
         notes.append(f"calibration windows left out because they repeat text of another part: {n_repeated}")

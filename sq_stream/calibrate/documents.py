@@ -16,7 +16,8 @@ import numpy.typing as npt
 import zstandard
 
 from sq_stream.calibrate.chat import Message
-from sq_stream.errors import BadInputError, StorageError, UsageError
+from sq_stream.errors import BadInputError, SqStreamError, UsageError
+from sq_stream.formats.storage import storage_errors
 from sq_stream.text.files import read_text
 
 Ids = npt.NDArray[np.int32]
@@ -103,12 +104,10 @@ def read_files(paths: Sequence[Path], n_vocab: int) -> list[Document]:
 
 
 def _read(path: Path, n_vocab: int) -> Iterator[Document]:
-    try:
+    with storage_errors("reading", path):
+        if not path.exists():
+            raise UsageError(f"{path}: no such calibration file")
         size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such calibration file") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
     if size > MAX_FILE:
         raise BadInputError(f"{path}: {size} bytes; at most {MAX_FILE} of one file can be used: give a part of it")
     if path.suffix in (".npy", ".json"):
@@ -133,13 +132,16 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _token_ids(path: Path, n_vocab: int) -> Iterator[Ids]:
     try:
-        rows = _npy_rows(path) if path.suffix == ".npy" else _json_rows(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, EOFError, OverflowError, RecursionError) as error:
-        raise BadInputError(f"{path}: not a list or array of token ids: {error}") from error
+        with storage_errors("reading", path):
+            rows = _npy_rows(path) if path.suffix == ".npy" else _json_rows(path)
+    except SqStreamError:
+        raise
+    except Exception as error:  # NumPy and json raise a dozen kinds for damaged files
+        raise BadInputError(
+            f"{path}: not a list or array of token ids ({error}): give integers as a JSON list or a NumPy array"
+        ) from error
     if not sum(map(len, rows)):
-        raise BadInputError(f"{path}: holds no token ids")
+        raise BadInputError(f"{path}: holds no token ids: give a file with ids of this model's tokenizer")
     for number, row in enumerate(rows):
         outside = np.flatnonzero((row < 0) | (row >= n_vocab))
         if len(outside):
@@ -152,10 +154,10 @@ def _token_ids(path: Path, n_vocab: int) -> Iterator[Ids]:
 
 
 def _npy_rows(path: Path) -> list[npt.NDArray[Any]]:
-    array = np.load(path, allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+    array = np.lib.format.open_memmap(path, "r")  # checks the header against the size of the file, as load does not
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise ValueError("needs one or two dimensions of integers")
-    return list(np.atleast_2d(array))
+    return list(np.atleast_2d(np.array(array)))
 
 
 def _json_rows(path: Path) -> list[npt.NDArray[Any]]:

@@ -5,6 +5,7 @@ Source: `common/imatrix-loader.cpp` and `tools/imatrix/imatrix.cpp` of llama.cpp
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches, is_linear
 from sq_stream.errors import BadInputError
+from sq_stream.formats.atomic import atomic_write
 from sq_stream.formats.blocks import F32
 from sq_stream.formats.gguf_layout import MAGIC, lay_out
 from sq_stream.formats.gguf_read import GGUFReader
-from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.metadata import ValueType, array, string, u32
 from sq_stream.formats.storage import storage_errors
 from sq_stream.models.base import ModelSpec
@@ -63,10 +64,12 @@ def export_imatrix(
         u32("imatrix.chunk_size", n_ctx),
     ]
     layout = lay_out(metadata, [(name, (1, len(x)), F32) for name, x in values.items()])
-    with GGUFFile.create(path, layout) as file:
+    with atomic_write(path) as file:
+        file.write(layout.header)
         for tensor in layout.tensors:
-            file.write_rows(tensor, 0, values[tensor.name].astype("<f4")[None].view(np.uint8))
-        file.commit()
+            file.seek(tensor.offset)
+            file.write(values[tensor.name].astype("<f4").tobytes())
+        file.truncate(layout.total_bytes)
 
 
 def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
@@ -78,14 +81,19 @@ def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
     """
     with storage_errors("reading", path), open(path, "rb") as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
-    means = _read_gguf(path) if is_gguf else _read_legacy(path)
+    with np.errstate(invalid="ignore", over="ignore"):  # found below
+        means = _read_gguf(path) if is_gguf else _read_legacy(path)
     _check_model(path, means, spec)
     sketches: dict[Site, Sketch] = {}
     for name, (mean, count) in means.items():
-        if not np.isfinite(mean).all() or mean.min() < 0:
-            raise BadInputError(f"{path}: the importance of {name} holds {mean.min()}, {mean.max()}: it is damaged")
+        if not np.isfinite(mean).all() or mean.min(initial=0) < 0:
+            raise BadInputError(
+                f"{path}: the importance of {name} holds {mean.min()}, {mean.max()}: it is damaged, collect it anew"
+            )
         if count > 0:
             sketches[(name.removesuffix(".weight"),)] = Sketch.diagonal_only(mean, count)
+    if not any(mean.any() for mean, count in means.values() if count > 0):
+        raise BadInputError(f"{path} holds no data: all of its counts or sums are zero; collect it anew")
     return Sketches(spec, {site: sketch.n_dead for site, sketch in sketches.items()}, sketches.__getitem__)
 
 
@@ -105,48 +113,60 @@ def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
         sums, counts = values[name + SUMS], values.get(name + COUNTS)
         if counts is None or counts.size != 1 or len(sums) != 1:
             raise BadInputError(f"{path}: {name} has no single count of tokens; mixtures of experts are not supported")
-        count = int(np.nan_to_num(counts.item()))
+        if not 0 <= counts.item() < 2**63:
+            raise BadInputError(f"{path}: {name} was seen by {counts.item()} tokens: it is damaged, collect it anew")
+        count = int(counts.item())
         means[name] = sums[0] / np.float32(max(count, 1)), count
     return means
 
 
 def _read_legacy(path: Path) -> dict[str, tuple[Array, int]]:
     """Mean squares and chunk count of every tensor: sums are stored as means times chunks."""
-    with storage_errors("reading", path):
-        data = path.read_bytes()
-    position = 0
-
-    def take(n_bytes: int) -> bytes:
-        nonlocal position
-        if n_bytes > len(data) - position:
-            raise BadInputError(f"{path} is neither a GGUF file nor a whole importance matrix of the older format")
-        position += n_bytes
-        return data[position - n_bytes : position]
-
-    def integer(lowest: int, highest: int) -> int:
-        (value,) = struct.unpack("<i", take(4))
-        if not lowest <= value <= highest:
-            raise BadInputError(f"{path} is no importance matrix: {value} at byte {position - 4} cannot be a size")
-        return int(value)
-
     means = {}
-    for _ in range(integer(1, 2**20)):
-        name = take(integer(1, _MAX_NAME)).decode(errors="replace")
-        count = integer(0, 2**31 - 1)
-        sums = np.frombuffer(take(4 * integer(1, _MAX_VALUES)), "<f4").astype(np.float32)
-        means[name] = sums / np.float32(max(count, 1)), max(count, 1)
+    with storage_errors("reading", path), open(path, "rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+
+        def take(n: int) -> bytes:
+            if n > n_bytes - file.tell():
+                raise BadInputError(
+                    f"{path} is no GGUF file and no whole importance matrix of the older format: collect it anew"
+                )
+            return file.read(n)
+
+        def integer(lowest: int, highest: int) -> int:
+            (value,) = struct.unpack("<i", take(4))
+            if not lowest <= value <= highest:
+                raise BadInputError(
+                    f"{path} is no importance matrix: {value} at byte {file.tell() - 4} is no size; collect it anew"
+                )
+            return int(value)
+
+        for _ in range(integer(1, 2**20)):
+            name = take(integer(1, _MAX_NAME)).decode(errors="replace")
+            count = integer(0, 2**31 - 1)
+            sums = np.frombuffer(take(4 * integer(1, _MAX_VALUES)), "<f4").astype(np.float32)
+            means[name] = sums / np.float32(max(count, 1)), max(count, 1)
     return means
 
 
 def _check_model(path: Path, means: Mapping[str, tuple[Array, int]], spec: ModelSpec) -> None:
-    """Refuse an importance matrix of another model. Multi-token prediction layers that are not kept may be in it."""
+    """Refuse an importance matrix of another model. Multi-token prediction layers may be in it, or not."""
     widths = {t.name: t.n_in for t in spec.tensors if is_linear(t.name, t.shape)}
     advice = "it is of another model: use the one collected with this model, in any precision"
+    predicting = {_layer(name) for name in (*means, *widths) if ".nextn." in name}
     for name, (mean, _) in means.items():
         if name in widths and len(mean) != widths[name]:
             raise BadInputError(f"{path}: {name} has {len(mean)} columns, the model's has {widths[name]}; {advice}")
-        layer = _LAYER.match(name)
-        if name not in widths and layer and int(layer[1]) != spec.n_layer:
+        if name not in widths and _layer(name) not in {-1, *predicting}:
             raise BadInputError(f"{path}: {name} is no linear of this {spec.arch} model; {advice}")
     if not means.keys() & widths.keys():
         raise BadInputError(f"{path} names none of this model's linears; {advice}")
+    missing = set(map(_layer, widths)) - set(map(_layer, means)) - {-1, *predicting}
+    if missing:
+        raise BadInputError(f"{path} has nothing of layers {sorted(missing)} of {spec.n_layer}; {advice}")
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor belongs to, or -1."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else -1

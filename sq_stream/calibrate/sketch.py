@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,36 @@ class Factored:
         return _assemble(self.n_tokens, self.diagonal, self.rank, self.panels)
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What the file of a sketch says of itself."""
+
+    n_tokens: int
+    n_in: int
+    rank: int
+    panels: Sequence[tuple[int, int]]  # rank and columns of each
+    frames: Sequence[int]  # bytes: of the diagonal, then of the scales and the integers of each panel
+
+    @classmethod
+    def parse(cls, text: bytes, path: Path, n_bytes: int) -> _Header:
+        """The header in `text`, which `n_bytes` of frames must follow in the file."""
+        try:
+            header = cls(**json.loads(text))
+            numbers = [header.n_tokens, header.n_in, header.rank, *header.frames]
+            numbers += [number for rank, width in header.panels for number in (rank, width)]
+            sound = (
+                all(type(number) is int and number >= 0 for number in numbers)
+                and max((rank for rank, _ in header.panels), default=0) == header.rank <= header.n_in
+                and len(header.frames) == 1 + 2 * len(header.panels)
+                and sum(header.frames) == n_bytes
+            )
+        except (ValueError, TypeError):
+            sound = False
+        if not sound:
+            raise BadInputError(f"{path} is damaged, or no sketch of this version of sq-stream: its header is unsound")
+        return header
+
+
 def write_sketch(path: Path, factored: Factored) -> int:
     """Write a sketch, S as 16-bit integers with one scale a column; returns the CRC-32 of the file.
 
@@ -116,14 +147,14 @@ def write_sketch(path: Path, factored: Factored) -> int:
     for panel in factored.panels:
         scale = np.maximum(np.abs(panel).max(axis=0, initial=0), np.float32(1e-30)) / np.float32(_LARGEST_CODE)
         frames += [compress(scale), compress(np.rint(panel / scale).astype(np.int16))]
-    header = {
-        "n_tokens": factored.n_tokens,
-        "n_in": len(factored.diagonal),
-        "rank": factored.rank,
-        "panels": [panel.shape for panel in factored.panels],
-        "frames": [len(frame) for frame in frames],
-    }
-    text = json.dumps(header).encode()
+    header = _Header(
+        n_tokens=factored.n_tokens,
+        n_in=len(factored.diagonal),
+        rank=factored.rank,
+        panels=[panel.shape for panel in factored.panels],
+        frames=[len(frame) for frame in frames],
+    )
+    text = json.dumps(asdict(header)).encode()
     crc = 0
     with atomic_write(path) as file:
         for part in (MAGIC, b"%08x %s\n" % (zlib.crc32(text), text), *frames):
@@ -140,20 +171,22 @@ def read_sketch(path: Path) -> Sketch:
         StorageError: it is not there, or reading fails.
     """
     with storage_errors("reading", path), open(path, "rb") as file:
-        if file.readline() != MAGIC:
+        if file.read(len(MAGIC)) != MAGIC:
             raise BadInputError(f"{path} is no sketch of this version of sq-stream")
         line = file.readline()
         if line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             raise BadInputError(f"{path} is damaged: the checksum of its header is wrong")
-        header = json.loads(line[9:])
-        sizes = iter(header["frames"])
+        header = _Header.parse(line[9:], path, os.fstat(file.fileno()).st_size - file.tell())
+        sizes = iter(header.frames)
 
         def frame(dtype: DTypeLike, *shape: int) -> NDArray[Any]:
             return decompress(file.read(next(sizes)), dtype, shape, str(path))
 
-        diagonal = frame(np.float32, header["n_in"])
-        panels = (frame(np.float32, width) * frame(np.int16, rank, width) for rank, width in header["panels"])
-        return _assemble(header["n_tokens"], diagonal, header["rank"], panels)
+        diagonal = frame(np.float32, header.n_in)
+        if np.count_nonzero(diagonal) != sum(width for _, width in header.panels):
+            raise BadInputError(f"{path} is damaged: its header and its diagonal differ in the number of live channels")
+        panels = (frame(np.float32, width) * frame(np.int16, rank, width) for rank, width in header.panels)
+        return _assemble(header.n_tokens, diagonal, header.rank, panels)
 
 
 def _assemble(n_tokens: int, diagonal: Array, rank: int, panels: Iterable[Array]) -> Sketch:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sketch
-from sq_stream.errors import BadInputError, InterruptedJobError, SqStreamError
+from sq_stream.errors import BadInputError, SqStreamError
 from sq_stream.events import Note, OnEvent, ignore
-from sq_stream.formats.journal import Journal
-from sq_stream.formats.storage import Closing, storage_errors
+from sq_stream.formats.journal import Journal, read_journal
+from sq_stream.formats.storage import Closing, open_locked, storage_errors, user_cache
 from sq_stream.models.layers import Site
 
 JOURNAL = "journal"
+LOCK = "lock"
 PASS = "pass"  # the residual stream of an unfinished calibration
 _READ_BYTES = 2**22
-
-
-def default_folder() -> Path:
-    """`sq-stream` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sq-stream"
 
 
 @dataclass(frozen=True)
@@ -47,15 +43,30 @@ class Summary:
         return self.done == self.steps
 
 
+@dataclass(frozen=True)
+class FinishedSite:
+    """What the journal says of a site whose sketch is finished."""
+
+    linears: Site  # without `.weight`
+    crc32: int  # of the file
+    n_tokens: int
+    n_dead: int  # channels that were zero in every token
+
+
 class Store:
     """A folder of calibrations, each in a folder of its own."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = Path(folder or default_folder())
+        self.folder = Path(folder or user_cache())
 
     def has(self, identity: Mapping[str, Any]) -> bool:
         """Whether there is a finished calibration made from `identity`."""
-        return any(s.key == key_of(identity) and s.complete for s in self.list())
+        summary = _summarize(self.folder / key_of(identity))
+        return summary is not None and summary.complete
+
+    def n_bytes(self, identity: Mapping[str, Any]) -> int:
+        """What there is on disk of the calibration made from `identity`."""
+        return _bytes_in(self.folder / key_of(identity))
 
     def open(
         self, identity: Mapping[str, Any], about: Mapping[str, Any], steps: int, on_event: OnEvent = ignore
@@ -91,6 +102,7 @@ class Store:
 
         Raises:
             BadInputError: there is none with that key.
+            InterruptedJobError: another process is at work on one.
             StorageError: deleting fails.
         """
         present = {summary.key: summary for summary in self.list()}
@@ -98,8 +110,11 @@ class Store:
         for key in present if keys is None else list(keys):
             if key not in present:
                 raise BadInputError(f"{self.folder} has no calibration {key}: see `sq-stream cache list`")
-            with storage_errors("deleting", self.folder / key):
-                shutil.rmtree(self.folder / key)
+            lock = open_locked(self.folder / key / LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                _delete(self.folder / key)
+            finally:
+                os.close(lock)
             freed += present[key].n_bytes
         return freed
 
@@ -111,24 +126,28 @@ class Entry(Closing):
         self.folder = folder
         self.pass_folder = folder / PASS
         self._header = header
-        self._lock = _lock(folder / "lock")
+        self._lock = open_locked(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             self._journal = self._find(on_event)
         except BaseException:
+            if not (folder / JOURNAL).exists():
+                shutil.rmtree(folder, ignore_errors=True)
             os.close(self._lock)
             raise
 
     def _find(self, on_event: OnEvent) -> Journal:
         """The journal that is there, or a new one."""
-        if not (self.folder / JOURNAL).exists():
-            return self._create()
         try:
             journal = _open_sound(self.folder, self._header)
         except BadInputError as error:
             on_event(Note(f"{error}; calibrating anew"))
             return self._create()
+        if journal is None:
+            return self._create()
         done, steps = len(journal.records), self._header["steps"]
-        if done == steps:
+        if journal.dropped:
+            on_event(Note(f"{journal.path} was damaged at its end: {done} of {steps} steps are known to be done"))
+        elif done == steps:
             on_event(Note(f"calibration found in {self.folder}"))
         elif done:
             on_event(Note(f"resuming the calibration: {done} of {steps} steps are done"))
@@ -137,19 +156,10 @@ class Entry(Closing):
     def _create(self) -> Journal:
         """A new journal, in place of whatever is there."""
         with storage_errors("deleting files in", self.folder):
-            shutil.rmtree(self.pass_folder, ignore_errors=not self.pass_folder.exists())
+            _delete(self.pass_folder)
             for path in self.folder.glob("*.sketch"):
                 path.unlink()
         return Journal.create(self.folder / JOURNAL, self._header)
-
-    def restart(self) -> None:
-        """Forget everything that is finished.
-
-        Raises:
-            StorageError: deleting or writing fails.
-        """
-        self._journal.close()
-        self._journal = self._create()
 
     @property
     def done(self) -> int:
@@ -162,8 +172,8 @@ class Entry(Closing):
         return self.done == int(self._header["steps"])
 
     @property
-    def sites(self) -> dict[Site, dict[str, Any]]:
-        """What the journal says of every finished site, by its linears without `.weight`."""
+    def sites(self) -> list[FinishedSite]:
+        """All finished sites."""
         return _sites(self._journal)
 
     def finish_step(self, sketches: Mapping[Site, Factored]) -> None:
@@ -176,7 +186,7 @@ class Entry(Closing):
         for site, factored in sketches.items():
             crc = write_sketch(self.folder / f"{site[0]}.sketch", factored)
             n_dead = int((factored.diagonal == 0).sum())
-            records.append({"linears": site, "crc32": crc, "n_tokens": factored.n_tokens, "n_dead": n_dead})
+            records.append(asdict(FinishedSite(site, crc, factored.n_tokens, n_dead)))
         self._journal.append({"sites": records})
 
     def load(self, site: Site) -> Sketch:
@@ -189,22 +199,46 @@ class Entry(Closing):
         return read_sketch(self.folder / f"{site[0]}.sketch")
 
     def close(self) -> None:
-        """Let go of the calibration; it stays on disk."""
-        self._journal.close()
+        """Let go of the calibration; what is finished of it stays on disk."""
         if self._lock >= 0:
+            self._journal.close()
+            if self.done == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 
+    def discard(self) -> None:
+        """Let go of the calibration and delete it.
 
-def _open_sound(folder: Path, header: Mapping[str, Any]) -> Journal:
-    """The journal in `folder` if it is what `header` says and all sketches have their checksums, else BadInputError."""
-    journal = Journal.open(folder / JOURNAL)
+        Raises:
+            StorageError: deleting fails.
+        """
+        _delete(self.folder)
+        self.close()
+
+
+def _open_sound(folder: Path, header: Mapping[str, Any]) -> Journal | None:
+    """The journal in `folder`, if there is a calibration.
+
+    Raises:
+        BadInputError: it is not what `header` says, or a sketch does not have its checksum.
+        StorageError: reading fails.
+    """
+    path, has_sketches = folder / JOURNAL, any(folder.glob("*.sketch"))
+    if not path.exists():
+        if has_sketches:
+            raise BadInputError(f"{path} is missing")
+        return None
+    journal = Journal.open(path)
     try:
-        if any(journal.header.get(key) != header[key] for key in ("calibration", "steps")):
+        if has_sketches and not journal.records:
+            raise BadInputError(f"{path} knows of no finished layer")
+        same = all(journal.header.get(key) == header[key] for key in ("calibration", "steps"))
+        if not same or len(journal.records) > header["steps"]:
             raise BadInputError(f"{journal.path} is of another calibration")
-        for site, about in _sites(journal).items():
-            path = folder / f"{site[0]}.sketch"
-            if not path.is_file() or _crc32(path) != about["crc32"]:
+        for site in _sites(journal):
+            path = folder / f"{site.linears[0]}.sketch"
+            if not path.is_file() or _crc32(path) != site.crc32:
                 raise BadInputError(f"{path} is damaged: its checksum is wrong")
     except BaseException:
         journal.close()
@@ -212,8 +246,15 @@ def _open_sound(folder: Path, header: Mapping[str, Any]) -> Journal:
     return journal
 
 
-def _sites(journal: Journal) -> dict[Site, dict[str, Any]]:
-    return {tuple(site["linears"]): site for step in journal.records for site in step["sites"]}
+def _sites(journal: Journal) -> list[FinishedSite]:
+    try:
+        return [
+            FinishedSite(**{**site, "linears": tuple(site["linears"])})
+            for step in journal.records
+            for site in step["sites"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise BadInputError(f"{journal.path} is of another version of sq-stream") from error
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -225,28 +266,26 @@ def _summarize(folder: Path) -> Summary | None:
     if not (folder / JOURNAL).is_file():
         return None
     try:
-        with Journal.open(folder / JOURNAL) as journal:
-            header, done = journal.header, len(journal.records)
+        header, records, _ = read_journal(folder / JOURNAL)
         about = header["about"]
-        n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return Summary(folder.name, about["model"], about["n_tokens"], done, header["steps"], n_bytes)
-    except (SqStreamError, KeyError, OSError):
-        return Summary(folder.name, "damaged", 0, 0, 1, 0)
+        return Summary(folder.name, about["model"], about["n_tokens"], len(records), header["steps"], _bytes_in(folder))
+    except (SqStreamError, KeyError, TypeError):
+        return Summary(folder.name, "damaged", 0, 0, 1, _bytes_in(folder))
 
 
-def _lock(path: Path) -> int:
-    with storage_errors("opening", path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise InterruptedJobError(
-            f"another process is at work on the calibration in {path.parent}: wait for it to end, or stop it"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    return fd
+def _delete(folder: Path) -> None:
+    with storage_errors("deleting", folder):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files, as far as they are still there: another process may be at work."""
+    n_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                n_bytes += os.stat(os.path.join(parent, name)).st_size
+    return n_bytes
 
 
 def _crc32(path: Path) -> int:

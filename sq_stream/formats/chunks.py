@@ -6,6 +6,7 @@ left, the noise of the mantissas, is stored as it is.
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,17 @@ def decompress(data: bytes, dtype: DTypeLike, shape: tuple[int, ...], where: str
     Raises:
         BadInputError: the frame is damaged or holds something else; `where` names it in the message.
     """
-    out = np.empty(shape, dtype)
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     checksum, frame = data[:_CRC_BYTES], data[_CRC_BYTES:]
     if checksum != _crc32(frame):
         raise BadInputError(f"{where} is damaged: its checksum is wrong")
     try:
-        raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=out.nbytes)
+        raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=n_bytes)
     except zstandard.ZstdError as error:
         raise BadInputError(f"{where} is damaged ({error})") from error
-    if len(raw) != out.nbytes:
-        raise BadInputError(f"{where} is damaged: it holds {len(raw)} bytes, {out.nbytes} are expected")
+    if len(raw) != n_bytes:
+        raise BadInputError(f"{where} is damaged: it holds {len(raw)} bytes, {n_bytes} are expected")
+    out = np.empty(shape, dtype)
     values = out.reshape(-1).view(np.uint8).reshape(-1, out.itemsize)
     for i, plane in enumerate(np.frombuffer(raw, np.uint8).reshape(values.shape[::-1])):
         values[:, i] = plane

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import BadInputError, InterruptedJobError, StorageError
+from sq_stream.errors import BadInputError, StorageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.gguf_layout import FileLayout, TensorLayout
-from sq_stream.formats.storage import Closing, read_into, storage_errors, sync_folder, write_all
+from sq_stream.formats.storage import Closing, open_locked, read_into, storage_errors, sync_folder, write_all
 
 
 class GGUFFile(Closing):
@@ -39,7 +38,7 @@ class GGUFFile(Closing):
             StorageError: the folder cannot be written or the disk is too full; nothing is left behind.
         """
         path = Path(path)
-        file = cls(path, layout, _open_locked(partial_path(path), os.O_RDWR | os.O_CREAT))
+        file = cls(path, layout, open_locked(partial_path(path), os.O_RDWR | os.O_CREAT))
         try:
             with storage_errors("writing", file.partial):
                 os.ftruncate(file._open_fd, 0)
@@ -65,7 +64,7 @@ class GGUFFile(Closing):
         partial = partial_path(path)
         if not partial.is_file():
             raise BadInputError(f"{partial} is not there: start the job anew")
-        file = cls(path, layout, _open_locked(partial, os.O_RDWR))
+        file = cls(path, layout, open_locked(partial, os.O_RDWR))
         try:
             size = os.fstat(file._open_fd).st_size
             header = np.zeros(len(layout.header), np.uint8)
@@ -137,24 +136,6 @@ class GGUFFile(Closing):
         if self._fd is None:
             raise ValueError(f"{self.partial} is closed")
         return self._fd
-
-
-def _open_locked(path: Path, flags: int) -> int:
-    """Open and lock `path`; a file that its last writer renamed or deleted before we had the lock is let go."""
-    while True:
-        with storage_errors("opening", path):
-            fd = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(fd)
-            raise InterruptedJobError(f"another process is writing {path}: wait for it to end, or stop it") from error
-        except OSError:  # a file system without locks
-            return fd
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        os.close(fd)
 
 
 def _allocate(fd: int, n_bytes: int) -> None:

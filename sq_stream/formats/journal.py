@@ -19,25 +19,17 @@ from sq_stream.formats.storage import Closing, storage_errors, sync_folder, writ
 class Journal(Closing):
     """An open journal: its header and the records read from the file or appended since."""
 
+    dropped: int
+    """Bytes at its end that were damaged when it was opened."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
+        self.header, self.records, self._end = read_journal(path)
         with storage_errors("opening", path):
             self._fd = os.open(path, os.O_RDWR)
         try:
-            with storage_errors("reading", path), open(self._fd, "rb", closefd=False) as file:
-                lines = file.read().splitlines(keepends=True)
-            header = _decode(lines[0]) if lines else None
-            if header is None:
-                raise BadInputError(f"{path} is not a journal of sq-stream or is damaged: delete it to start anew")
-            self.header = header
-            self._end = len(lines[0])
-            for line in lines[1:]:
-                if (record := _decode(line)) is None:
-                    break
-                self.records.append(record)
-                self._end += len(line)
             with storage_errors("truncating", path):
+                self.dropped = os.fstat(self._fd).st_size - self._end
                 os.ftruncate(self._fd, self._end)
         except BaseException:
             os.close(self._fd)
@@ -92,6 +84,26 @@ class Journal(Closing):
         sync_folder(self.path.parent)
 
 
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Header, undamaged records and their bytes, of a journal that another process may be writing.
+
+    Raises:
+        BadInputError: the header is damaged.
+        StorageError: the file is not there, or cannot be read.
+    """
+    with storage_errors("reading", path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    records, n_bytes = [], 0
+    for line in lines:
+        if (record := _decode(line)) is None:
+            break
+        records.append(record)
+        n_bytes += len(line)
+    if not records:
+        raise BadInputError(f"{path} is not a journal of sq-stream or is damaged: delete it to start anew")
+    return records[0], records[1:], n_bytes
+
+
 def _encode(record: dict[str, Any]) -> bytes:
     text = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
@@ -102,5 +114,8 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     text = line[9:-1]
     if line != b"%08x %s\n" % (zlib.crc32(text), text):
         return None
-    record = json.loads(text)
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
     return record if isinstance(record, dict) else None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import StorageError
+from sq_stream.errors import InterruptedJobError, StorageError
 
 _ADVICE = {
-    errno.ENOSPC: "free disk space or choose another folder",
-    errno.EDQUOT: "free disk space, raise the quota or choose another folder",
+    errno.ENOSPC: "free disk space and run the same command again, or choose another folder",
+    errno.EDQUOT: "free disk space or raise the quota and run the same command again, or choose another folder",
     errno.EFBIG: "the file system or a limit (ulimit -f) does not allow a file of this size: choose another folder",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "check the permissions of the file and its folder",
@@ -45,6 +46,11 @@ class Closing(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def user_cache() -> Path:
+    """`sq-stream` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sq-stream"
 
 
 @contextmanager
@@ -85,6 +91,29 @@ def write_all(fd: int, data: bytes | NDArray[np.uint8], offset: int, path: Path)
         while view:
             n = os.pwrite(fd, view, offset)
             view, offset = view[n:], offset + n
+
+
+def open_locked(path: Path, flags: int) -> int:
+    """Open and lock (flock) `path` until it is closed; one that was renamed or deleted before we had it is let go.
+
+    Raises:
+        InterruptedJobError: another process has locked it.
+        StorageError: it cannot be opened.
+    """
+    while True:
+        with storage_errors("opening", path):
+            fd = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise InterruptedJobError(f"another process is at work on {path}: wait for its end or stop it") from error
+        except OSError:  # a file system without locks
+            return fd
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.errors import StorageError, UsageError
@@ -130,6 +131,19 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, notes)
 
 
+def check_place(output: Path) -> None:
+    """Refuse an output that has no folder to lie in, or is one.
+
+    Raises:
+        UsageError: it is a folder.
+        StorageError: its folder does not exist.
+    """
+    if not output.parent.is_dir():
+        raise StorageError(f"{output.parent}: there is no such folder to write {output.name} into")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder: name the file to write")
+
+
 def check_output(plan: Plan) -> None:
     """Refuse an output that would overwrite something, cannot be written, or does not fit on its disk.
 
@@ -139,10 +153,7 @@ def check_output(plan: Plan) -> None:
         DoesNotFitError: there is not enough free space.
     """
     output = plan.settings.output
-    if not output.parent.is_dir():
-        raise StorageError(f"{output.parent}: there is no such folder to write {output.name} into")
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder: name the file to write with -o")
+    check_place(output)
     if output.resolve().parent == plan.checkpoint.folder.resolve() and output.suffix != ".gguf":
         raise UsageError(f"{output} would lie among the files of the checkpoint: name another file with -o")
     if output.exists() and not plan.settings.overwrite:

@@ -16,6 +16,7 @@ from sq_stream.errors import InterruptedJobError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.checkpoint import check_finite
+from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
@@ -66,7 +67,8 @@ def _write(plan: Plan, on_event: OnEvent) -> None:
             sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
         with sketches or nullcontext():
             _encode(plan, sketches, file, journal, checksums, on_event)
-        check_tensors(file.partial, plan.budget.tile_weights, on_event, checksums=checksums)
+        with GGUFReader.open(file.partial) as reader:
+            check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
         file.commit()
         journal.remove()
 
@@ -84,7 +86,12 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
     partial = partial_path(output)
     resumable = journal_path.exists() and partial.exists() and not plan.settings.fresh
     if not resumable:
-        return GGUFFile.create(output, plan.layout), Journal.create(journal_path, identity)
+        file = GGUFFile.create(output, plan.layout)
+        try:
+            return file, Journal.create(journal_path, identity)
+        except BaseException:
+            file.abandon()
+            raise
     journal = Journal.open(journal_path)
     differing = [key for key in identity if journal.header.get(key) != identity[key]]
     if differing:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from sq_stream.calibrate.calibration import Calibration, plan_calibration
 from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Store
-from sq_stream.errors import StorageError
+from sq_stream.errors import UsageError
 from sq_stream.events import Note, OnEvent
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.metadata import Entry, string, u32
+from sq_stream.formats.storage import storage_errors
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
 from sq_stream.text.encode import Tokenizer
@@ -29,6 +29,7 @@ class Statistics:
     """What a job will use, known before it runs: a calibration, or an importance matrix."""
 
     calibration: Calibration | None
+    imatrix: Sketches | None
     digests: Mapping[str, str]  # SHA-256 of each part of the text, or of the importance matrix
     notes: tuple[str, ...] = ()
 
@@ -51,15 +52,20 @@ def find_statistics(
     """The statistics that these settings ask for; None for weights alone. `afterwards`: see `plan_calibration`.
 
     Raises:
-        BadInputError: the text is too short or not this vocabulary's.
+        BadInputError: the text is too short or not this vocabulary's, or the importance matrix not this model's.
         DoesNotFitError: memory is too small.
         StorageError: a file cannot be read.
-        UsageError: a file is not there, or the windows are too small.
+        UsageError: a file is not there, or the windows are too small or too large.
     """
     if settings.effort == "fast":
         return None
     if settings.imatrix is not None:
-        return Statistics(None, {"imatrix": _sha256(settings.imatrix)})
+        if not settings.imatrix.exists():
+            raise UsageError(f"{settings.imatrix}: no such importance matrix")
+        imatrix = import_imatrix(settings.imatrix, spec)
+        with storage_errors("reading", settings.imatrix):
+            digest = hashlib.sha256(settings.imatrix.read_bytes()).hexdigest()
+        return Statistics(None, imatrix, {"imatrix": digest})
     corpus = build_corpus(
         Tokenizer.open(settings.model_dir),
         vocabulary,
@@ -77,19 +83,19 @@ def find_statistics(
         threads=settings.threads,
         afterwards=afterwards,
     )
-    return Statistics(calibration, corpus.digests, corpus.notes)
+    return Statistics(calibration, None, corpus.digests, corpus.notes)
 
 
 def gather(statistics: Statistics, settings: Settings, spec: ModelSpec, on_event: OnEvent) -> Sketches:
     """The sketches themselves; a calibration that the store lacks is computed.
 
     Raises:
-        SqStreamError: as `calibrate.calibration.Calibration.run` and `calibrate.imatrix.import_imatrix`.
+        SqStreamError: as `calibrate.calibration.Calibration.run`.
     """
-    if statistics.calibration is None:
-        assert settings.imatrix is not None
-        sketches = import_imatrix(settings.imatrix, spec)
+    if statistics.imatrix is not None:
+        sketches = statistics.imatrix
     else:
+        assert statistics.calibration is not None
         sketches = statistics.calibration.run(on_event)
     if sketches.unseen:
         more = f" and {len(sketches.unseen) - 3} more" if len(sketches.unseen) > 3 else ""
@@ -98,10 +104,3 @@ def gather(statistics: Statistics, settings: Settings, spec: ModelSpec, on_event
         site, n = next(iter(sketches.dead.items()))
         on_event(Note(f"inputs that were zero in every token: {sum(sketches.dead.values())} (at {site}: {n})"))
     return sketches
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}") from error

@@ -33,7 +33,7 @@ class TensorCheck:
 
 
 def check_tensors(
-    path: Path,
+    reader: GGUFReader,
     tile_weights: int,
     on_event: OnEvent = ignore,
     *,
@@ -43,38 +43,36 @@ def check_tensors(
     """Decode every block of a GGUF file.
 
     Args:
-        path: the file.
+        reader: the file, open.
         tile_weights: values decoded at a time.
         on_event: told of progress.
         checksums: CRC-32 that the bytes of each tensor must have.
         against: a checkpoint and its tensor maps by GGUF name, to compare values with.
 
     Raises:
-        BadInputError: the structure of the file is wrong.
         VerificationError: a decoded value is not finite, bytes differ from their checksum, or tensors from the source.
     """
-    with GGUFReader.open(path) as reader:
-        total = sum(math.prod(t.shape) for t in reader.tensors.values())
-        on_event(StageStarted("verify", total))
-        if against is not None:
-            _same_tensors(path, reader, against[1])
-        checks, done = [], 0
-        for name, tensor in reader.tensors.items():
-            source = None if against is None else (against[0], against[1][name])
-            check = _check_tensor(path, reader, name, tile_weights, source)
-            if checksums is not None and check.crc32 != checksums.get(name):
-                raise VerificationError(
-                    f"{path}: {name}: the bytes read back are not those that were written: check the disk, then "
-                    "quantize again with --fresh"
-                )
-            checks.append(check)
-            done += math.prod(tensor.shape)
-            on_event(Progress("verify", name, done, total))
+    total = sum(math.prod(t.shape) for t in reader.tensors.values())
+    on_event(StageStarted("verify", total))
+    if against is not None:
+        _same_tensors(reader, against[1])
+    checks, done = [], 0
+    for name, tensor in reader.tensors.items():
+        source = None if against is None else (against[0], against[1][name])
+        check = _check_tensor(reader, name, tile_weights, source)
+        if checksums is not None and check.crc32 != checksums.get(name):
+            raise VerificationError(
+                f"{reader.path}: {name}: the bytes read back are not those that were written: check the disk, then "
+                "quantize again with --fresh"
+            )
+        checks.append(check)
+        done += math.prod(tensor.shape)
+        on_event(Progress("verify", name, done, total))
     return checks
 
 
 def _check_tensor(
-    path: Path, reader: GGUFReader, name: str, tile_weights: int, source: tuple[Checkpoint, TensorMap] | None
+    reader: GGUFReader, name: str, tile_weights: int, source: tuple[Checkpoint, TensorMap] | None
 ) -> TensorCheck:
     from sq_stream.kernels.codec import decode
 
@@ -87,7 +85,7 @@ def _check_tensor(
         x = decode(data, tensor.block_type)  # float32 [n_tile, n_in]
         if not np.isfinite(x).all():
             row, column = np.argwhere(~np.isfinite(x))[0]
-            raise VerificationError(f"{path}: {name} [{rows.start + row}, {column}] decodes to {x[row, column]}")
+            raise VerificationError(f"{reader.path}: {name} [{rows.start + row}, {column}] decodes to {x[row, column]}")
         if source is not None:
             w = source[1].read(source[0], rows.start, rows.stop)
             x -= w
@@ -104,7 +102,7 @@ def _check_tensor(
     )
 
 
-def _same_tensors(path: Path, reader: GGUFReader, maps: Mapping[str, TensorMap]) -> None:
+def _same_tensors(reader: GGUFReader, maps: Mapping[str, TensorMap]) -> None:
     """Both sides must have the same tensors with the same shapes."""
     missing = [name for name in maps if name not in reader.tensors]
     foreign = [name for name in reader.tensors if name not in maps]
@@ -112,17 +110,23 @@ def _same_tensors(path: Path, reader: GGUFReader, maps: Mapping[str, TensorMap])
     for names, what in ((missing, "is missing"), (foreign, "is not in the model"), (other_shape, "has another shape")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise VerificationError(f"{path} was not made from this checkpoint: {names[0]}{more} {what}")
+            raise VerificationError(f"{reader.path} was not made from this checkpoint: {names[0]}{more} {what}")
 
 
 def verify_file(
     path: Path, against: Path | None = None, *, tile_weights: int, on_event: OnEvent = ignore
 ) -> list[TensorCheck]:
-    """Check a GGUF file by itself or, with `against`, compare its tensors with the checkpoint that it was made from."""
-    if against is None:
-        return check_tensors(path, tile_weights, on_event)
-    with Checkpoint.open(against) as checkpoint:
-        with GGUFReader.open(path) as reader:
+    """Check a GGUF file by itself or, with `against`, compare its tensors with the checkpoint that it was made from.
+
+    Raises:
+        BadInputError: the structure of the file is wrong.
+        VerificationError: as `check_tensors`.
+    """
+    with GGUFReader.open(path) as reader:
+        if against is None:
+            return check_tensors(reader, tile_weights, on_event)
+        with Checkpoint.open(against) as checkpoint:
             mtp = any(".nextn." in name for name in reader.tensors)
-        spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=mtp)
-        return check_tensors(path, tile_weights, on_event, against=(checkpoint, {t.name: t for t in spec.tensors}))
+            spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=mtp)
+            maps = {tensor.name: tensor for tensor in spec.tensors}
+            return check_tensors(reader, tile_weights, on_event, against=(checkpoint, maps))

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numba
 
+from sq_stream.formats.storage import user_cache
+
 
 def _cache_folder() -> Path:
     """The first writable of: what NUMBA_CACHE_DIR says, this package, the user's cache, a temporary folder."""
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     chosen = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else []
-    for parent in (*chosen, here / "__pycache__", user_cache / "sq-stream"):
+    for parent in (*chosen, here / "__pycache__", user_cache()):
         folder = parent / f"kernels-{digest}"
         try:
             folder.mkdir(parents=True, exist_ok=True)

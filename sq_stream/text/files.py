@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sq_stream.errors import BadInputError, StorageError
+from sq_stream.errors import BadInputError
+from sq_stream.formats.storage import storage_errors
 
 
 def read_text(path: Path) -> str | None:
@@ -16,14 +17,16 @@ def read_text(path: Path) -> str | None:
         BadInputError: the file is not UTF-8 text, or is a Git-LFS pointer.
         StorageError: the file cannot be read.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
+    with storage_errors("reading", path):
+        data = path.read_bytes() if path.exists() else None
+    if data is None:
         return None
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadInputError(f"{path}: not UTF-8 text (byte {error.start}): download the file again") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise BadInputError(
+            f"{path}: not UTF-8 text (byte {error.start}): convert it to UTF-8, or download it again"
+        ) from error
     if text.startswith("version https://git-lfs.github.com/spec/"):
         raise BadInputError(f"{path}: a Git-LFS pointer, not the file itself: fetch it with `git lfs pull`")
     return text
