@@ -177,7 +177,8 @@ def test_a_head_puts_out_the_values_of_its_mixture_of_inputs(n_tok, heads, windo
         q, k, (x @ attn_v.T).reshape(k.shape), window=window, inputs=x, observe=lambda site, x: seen.update({site: x})
     )
     (mixtures,) = seen.values()
-    assert seen.keys() == {("attn_v",)} and mixtures.shape == x.shape
+    assert seen.keys() == {("attn_v",)}
+    assert mixtures.shape == x.shape
     values = (mixtures @ attn_v.T).reshape(k.shape).repeat(heads[0] // heads[1], axis=-2)  # of every query head
     for token in range(n_tok):
         head = token % heads[0]

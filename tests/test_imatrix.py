@@ -42,9 +42,9 @@ def means(spec):
 @pytest.fixture
 def exported(tmp_path, means):
     sketches = {name: Sketch.diagonal_only(mean, 1000) for name, mean in means.items()}
-    for name in sketches:
+    for name, sketch in sketches.items():
         if "attn_v" in name:
-            sketches[name] = Sketch.neutral(sketches[name].n_in)  # mixtures of tokens, which llama.cpp knows nothing of
+            sketches[name] = Sketch.neutral(sketch.n_in)  # mixtures of tokens, which llama.cpp knows nothing of
     sketches["blk.0.ffn_up.weight"] = Sketch.neutral(192)
     export_imatrix(tmp_path / "imatrix.gguf", sketches, n_windows=25, n_ctx=40, datasets=DATASETS)
     return tmp_path / "imatrix.gguf"

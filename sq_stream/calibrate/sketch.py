@@ -79,6 +79,12 @@ class Sketch:
         diagonal: Array = self.residual + np.einsum("ij,ij->j", self.factor, self.factor)
         return diagonal
 
+    def multiplied(self, factors: Array) -> Sketch:
+        """The sketch of activations multiplied by `factors` [n_in], in the place of this one."""
+        self.residual[:] *= factors**2
+        self.factor[:] *= factors
+        return self
+
     def dense(self) -> Array:
         """The whole matrix: float32 [n_in, n_in]."""
         a: Array = self.factor.T @ self.factor

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from sq_stream.calibrate.sketch import Sketch
+import numpy as np
+
+from sq_stream.calibrate.sketch import Array, Sketch
 from sq_stream.formats.storage import Closing
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import head_name
@@ -32,6 +34,7 @@ class Sketches(Mapping[str, Sketch], Closing):
         self._sites = {f"{name}.weight": site for site in sites for name in site}
         self._load, self._release = load, release
         self._last: tuple[Site, Sketch] | None = None
+        self._factors: Mapping[str, Array] = {}
         tables = {"token_embd.weight"} - {f"{head_name(self._widths)}.weight"}
         self.unseen = tuple(name for name in self._widths if name not in self._sites and name not in tables)
         self.dead = {f"{site[0]}.weight": n_dead for site, n_dead in sites.items() if n_dead}
@@ -42,7 +45,8 @@ class Sketches(Mapping[str, Sketch], Closing):
             return Sketch.neutral(self._widths[name])
         if self._last is None or self._last[0] != site:
             self._last = None
-            self._last = site, self._load(site)
+            sketch, factors = self._load(site), self._factors.get(name)
+            self._last = site, sketch if factors is None else sketch.multiplied(np.reciprocal(factors))
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
@@ -50,6 +54,10 @@ class Sketches(Mapping[str, Sketch], Closing):
 
     def __len__(self) -> int:
         return len(self._widths)
+
+    def smooth(self, factors: Mapping[str, Array]) -> None:
+        """From now on give the statistics of linears whose columns are multiplied by `factors` [n_in], by name."""
+        self._last, self._factors = None, factors
 
     def close(self) -> None:
         """Let go of where they come from."""

@@ -7,8 +7,12 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sq_stream import __version__
 from sq_stream.calibrate.sketches import Sketches
@@ -23,7 +27,11 @@ from sq_stream.job.plan import Plan, PlannedTensor, check_output
 from sq_stream.job.statistics import gather
 from sq_stream.job.tiles import row_tiles
 from sq_stream.job.verify import check_tensors
+from sq_stream.models.forward import linears_by_norm
 from sq_stream.parallel import Workers
+
+if TYPE_CHECKING:
+    from sq_stream.quantize.encode import Encoder
 
 
 def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
@@ -115,15 +123,22 @@ def _encode(
     """Encode the tensors that have no checksum yet, and add theirs."""
     import numba
 
+    from sq_stream.quantize.encode import make_encoder
+
     numba.set_num_threads(plan.settings.threads)
     on_event(StageStarted("encode", plan.n_weights))
-    done = 0
+    done, factors = 0, _smooth(plan, sketches)
     with Workers(plan.settings.threads) as workers:
+
+        def encoder(tensor: PlannedTensor) -> Encoder:
+            name = tensor.source.name
+            return make_encoder(tensor.type, sketches.get(name) if sketches else None, workers, factors.get(name))
+
         for tensor in plan.tensors:
             n_weights = tensor.source.n_rows * tensor.source.n_in
             name = tensor.source.name
             if name not in checksums:
-                for n_encoded in _encode_tensor(plan, tensor, sketches, workers, file, checksums):
+                for n_encoded in _encode_tensor(plan, tensor, encoder, file, checksums):
                     on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
                 file.sync()
                 journal.append({"tensor": name, "crc32": checksums[name]})
@@ -132,19 +147,28 @@ def _encode(
             on_event(Progress("encode", name, done, plan.n_weights))
 
 
+def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, NDArray[np.float32]]:
+    """Factors of tensors by name, which `sketches` then take into account."""
+    from sq_stream.quantize.smooth import find_factors
+
+    if sketches is None or plan.calibration is None:
+        return {}
+    types = {tensor.source.name: tensor.type.name for tensor in plan.tensors}
+    factors = find_factors(linears_by_norm(plan.calibration.decoder, types), types, sketches)
+    sketches.smooth(factors)
+    return factors
+
+
 def _encode_tensor(
     plan: Plan,
     tensor: PlannedTensor,
-    sketches: Sketches | None,
-    workers: Workers,
+    encoder: Callable[[PlannedTensor], Encoder],
     file: GGUFFile,
     checksums: dict[str, int],
 ) -> Iterator[int]:
     """Encode one tensor in row tiles, yielding the weights done so far; its sketch and metric end with it."""
-    from sq_stream.quantize.encode import make_encoder
-
     source, crc = tensor.source, 0
-    encode = make_encoder(tensor.type, sketches.get(source.name) if sketches is not None else None, workers)
+    encode = encoder(tensor)
     for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
         x = source.read(plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
         check_finite(x, source.source or source.name, rows.start)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sq_stream.errors import VerificationError
 from sq_stream.events import OnEvent, Progress, StageStarted, ignore
@@ -17,6 +18,7 @@ from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.job.tiles import row_tiles
 from sq_stream.models import find
 from sq_stream.models.base import TensorMap
+from sq_stream.models.forward import find_decoder, linears_by_norm
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,47 @@ class TensorCheck:
     relative_error: float | None  # the same divided by the root mean square of the source
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The checkpoint that a file was made from."""
+
+    checkpoint: Checkpoint
+    maps: Mapping[str, TensorMap]  # by GGUF name
+    norms: Mapping[str, str]  # linear -> the norm that it may have been smoothed with
+
+    @classmethod
+    def of(cls, reader: GGUFReader, checkpoint: Checkpoint) -> Source:
+        """The source of the file open in `reader`."""
+        mtp = any(".nextn." in name for name in reader.tensors)
+        spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=mtp)
+        maps = {tensor.name: tensor for tensor in spec.tensors}
+        groups = linears_by_norm(find_decoder(spec.arch, spec.metadata), maps)
+        norms = {name: norm for norm, linears in groups.items() for name in (norm, *linears)}
+        return cls(checkpoint, maps, norms)
+
+    def read(self, reader: GGUFReader, name: str, rows: slice) -> NDArray[np.float32]:
+        """Rows of a tensor [n_tile, n_in], smoothed as the norm before it shows that it was in the file."""
+        w = self.maps[name].read(self.checkpoint, rows.start, rows.stop)
+        if name not in self.norms:
+            return w
+        norm = self.norms[name]
+        plain = self.maps[norm].read(self.checkpoint, 0, 1)[0]
+        stored = reader.read_rows(norm, 0, 1).view("<f4")[0]
+        factors = np.divide(plain, stored, out=np.ones_like(plain), where=stored != 0)  # [n_in]
+        if name == norm:
+            w /= factors
+        else:
+            w *= factors
+        return w
+
+
 def check_tensors(
     reader: GGUFReader,
     tile_weights: int,
     on_event: OnEvent = ignore,
     *,
     checksums: Mapping[str, int] | None = None,
-    against: tuple[Checkpoint, Mapping[str, TensorMap]] | None = None,
+    against: Source | None = None,
 ) -> list[TensorCheck]:
     """Decode every block of a GGUF file.
 
@@ -47,7 +83,7 @@ def check_tensors(
         tile_weights: values decoded at a time.
         on_event: told of progress.
         checksums: CRC-32 that the bytes of each tensor must have.
-        against: a checkpoint and its tensor maps by GGUF name, to compare values with.
+        against: a checkpoint to compare values with.
 
     Raises:
         VerificationError: a decoded value is not finite, bytes differ from their checksum, or tensors from the source.
@@ -55,11 +91,10 @@ def check_tensors(
     total = sum(math.prod(t.shape) for t in reader.tensors.values())
     on_event(StageStarted("verify", total))
     if against is not None:
-        _same_tensors(reader, against[1])
+        _same_tensors(reader, against.maps)
     checks, done = [], 0
     for name, tensor in reader.tensors.items():
-        source = None if against is None else (against[0], against[1][name])
-        check = _check_tensor(reader, name, tile_weights, source)
+        check = _check_tensor(reader, name, tile_weights, against)
         if checksums is not None and check.crc32 != checksums.get(name):
             raise VerificationError(
                 f"{reader.path}: {name}: the bytes read back are not those that were written: check the disk, then "
@@ -71,9 +106,7 @@ def check_tensors(
     return checks
 
 
-def _check_tensor(
-    reader: GGUFReader, name: str, tile_weights: int, source: tuple[Checkpoint, TensorMap] | None
-) -> TensorCheck:
+def _check_tensor(reader: GGUFReader, name: str, tile_weights: int, source: Source | None) -> TensorCheck:
     from sq_stream.kernels.codec import decode
 
     tensor = reader.tensors[name]
@@ -87,7 +120,7 @@ def _check_tensor(
             row, column = np.argwhere(~np.isfinite(x))[0]
             raise VerificationError(f"{reader.path}: {name} [{rows.start + row}, {column}] decodes to {x[row, column]}")
         if source is not None:
-            w = source[1].read(source[0], rows.start, rows.stop)
+            w = source.read(reader, name, rows)
             x -= w
             squared_error += float(np.vdot(x, x))
             squared_sum += float(np.vdot(w, w))
@@ -126,7 +159,4 @@ def verify_file(
         if against is None:
             return check_tensors(reader, tile_weights, on_event)
         with Checkpoint.open(against) as checkpoint:
-            mtp = any(".nextn." in name for name in reader.tensors)
-            spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=mtp)
-            maps = {tensor.name: tensor for tensor in spec.tensors}
-            return check_tensors(reader, tile_weights, on_event, against=(checkpoint, maps))
+            return check_tensors(reader, tile_weights, on_event, against=Source.of(reader, checkpoint))

@@ -50,7 +50,9 @@ def causal_attention(
         hidden = _hidden(tile, seen, window)
         for i, head in np.ndindex(len(q), n_kv_head):
             shares = _shares(q[i, tile, head], k[i, seen, head], hidden)  # [n_query, n_group, n_key]
-            out[i, tile, head] = (shares.reshape(-1, shares.shape[-1]) @ v[i, seen, head]).reshape(-1, n_group, head_dim)
+            out[i, tile, head] = (shares.reshape(-1, shares.shape[-1]) @ v[i, seen, head]).reshape(
+                -1, n_group, head_dim
+            )
             if x is not None and mixtures is not None:
                 for member in range(n_group):
                     turn = slice((head * n_group + member - start) % n_head, None, n_head)

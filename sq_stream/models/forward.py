@@ -48,6 +48,10 @@ class Decoder(ABC):
     def layer(self, x: Array, weights: Weights, i: int, observe: Observe | None = None) -> Array:
         """Layer i's map of the residual stream x [..., n_tok, d_model], given its tensors without their `blk.N.`."""
 
+    def norms(self, i: int) -> dict[str, tuple[str, ...]]:
+        """The linears of layer i that enter right behind a norm, all that do, by the norm's name."""
+        return {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
+
     def embed(self, rows: Array) -> Array:
         """The residual stream that enters layer 0, from rows [..., n_tok, d_model] of the token embedding."""
         return rows * np.float32(self.embedding_scale) if self.embedding_scale != 1 else rows
@@ -79,6 +83,18 @@ def find_decoder(arch: str, metadata: Iterable[Entry]) -> Decoder:
 def head_name(names: Iterable[str]) -> str:
     """The output matrix among the tensors `names`, without its `.weight`: the token embedding where it is tied."""
     return "output" if "output.weight" in names else "token_embd"
+
+
+def linears_by_norm(decoder: Decoder, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The linears among the tensors `names` whose inputs are the outputs of a norm, by the norm's tensor."""
+    groups = {
+        f"blk.{i}.{norm}.weight": tuple(f"blk.{i}.{name}.weight" for name in linears)
+        for i in range(decoder.n_layer)
+        for norm, linears in decoder.norms(i).items()
+    }
+    if "output.weight" in names:  # a tied one is a table too
+        groups["output_norm.weight"] = ("output.weight",)
+    return groups
 
 
 def layer_names(names: Iterable[str], i: int) -> dict[str, str]:

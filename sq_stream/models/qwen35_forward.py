@@ -64,6 +64,12 @@ class Model(Decoder):
         x += feed_forward(rms_norm(x, weights["post_attention_norm.weight"], self.eps), weights, observe)
         return x
 
+    def norms(self, i: int) -> dict[str, tuple[str, ...]]:
+        """See `Decoder.norms`."""
+        delta = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha")
+        mixer = delta if self.is_delta[i] else ("attn_q", "attn_k", "attn_v")
+        return {"attn_norm": mixer, "post_attention_norm": ("ffn_gate", "ffn_up")}
+
     def _attention(self, x: Array, weights: Weights, observe: Observe | None) -> Array:
         """Full attention with normalized queries and keys and a gated output: [..., n_tok, d_model] to the same."""
         heads = (*x.shape[:-1], -1, self.head_dim)  # [..., n_tok, n_head or n_kv_head, head_dim]
