@@ -1,0 +1,106 @@
+"""Smoothing: it changes no output, of any architecture, and is undone where files are compared with their source."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_models
+from gguf_files import describe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sq_stream import api
+from sq_stream.calibrate.sketch import Sketch
+from sq_stream.calibrate.sketches import Sketches
+from sq_stream.demo import model_folder
+from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.models.forward import find_decoder, forward, linears_by_norm
+from sq_stream.quantize.smooth import EXPONENT, channel_factors, find_factors
+
+NAMES = [name for name, model in tiny_models.MODELS.items() if not model.mtp]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_factors_leave_the_logits_as_they_are(name, tmp_path):
+    with Checkpoint.open(tiny_models.write(name, tmp_path / name)) as checkpoint:
+        spec = describe(checkpoint)
+        weights = {t.name: t.read(checkpoint, 0, t.n_rows).reshape(t.shape) for t in spec.tensors}
+    decoder = find_decoder(spec.arch, spec.metadata)
+    groups = linears_by_norm(decoder, weights)
+    assert {norm.rpartition(".")[0].rpartition(".")[2] for norm in groups} >= {"attn_norm"}
+    assert len(groups) == 2 * decoder.n_layer + ("output.weight" in weights)
+    random = np.random.RandomState(0)
+    smoothed = dict(weights)
+    for norm, linears in groups.items():
+        factors = np.exp(random.standard_normal(weights[norm].shape)).astype(np.float32)
+        smoothed[norm] = weights[norm] / factors
+        for linear in linears:
+            smoothed[linear] = weights[linear] * factors
+    expected = forward(tiny_models.TOKENS, weights, decoder)
+    np.testing.assert_allclose(forward(tiny_models.TOKENS, smoothed, decoder), expected, atol=2e-4)
+
+
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=50))
+def test_factors_are_powers_of_the_root_mean_square_around_one(values):
+    mean_squares = np.array(values, np.float32)
+    factors, live = channel_factors(mean_squares), mean_squares > 0
+    assert factors.dtype == np.float32
+    assert (factors[~live] == 1).all()
+    assert (factors > 0).all()
+    if live.any():
+        np.testing.assert_allclose(np.log(factors[live].astype(float)).mean(), 0, atol=1e-5)
+        ratios = np.log(factors[live] / factors[live][0])
+        expected = EXPONENT * 0.5 * np.log(mean_squares[live].astype(float) / mean_squares[live][0])
+        np.testing.assert_allclose(ratios, expected, atol=1e-4)
+
+
+@pytest.fixture
+def sketches(tmp_path):
+    with Checkpoint.open(tiny_models.write("llama", tmp_path / "llama")) as checkpoint:
+        spec = describe(checkpoint)
+    sites = {("blk.0.attn_q", "blk.0.attn_k"): 0, ("blk.0.attn_v",): 0, ("blk.0.ffn_gate", "blk.0.ffn_up"): 0}
+    n_in = spec.tensors[0].n_in
+
+    def load(site):
+        random = np.random.RandomState(len(site))
+        rank = 0 if "ffn" in site[0] else 5
+        return Sketch(9, random.random_sample(n_in).astype(np.float32), random.random_sample((rank, n_in)).astype("f4"))
+
+    return Sketches(spec, sites, load)
+
+
+NORMS = {
+    "blk.0.attn_norm.weight": ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"),
+    "blk.0.ffn_norm.weight": ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"),
+}
+
+
+def test_a_group_has_one_factor_for_each_channel_and_statistics_follow(sketches):
+    linears = NORMS["blk.0.attn_norm.weight"]
+    before = {name: sketches[name].dense() for name in linears}
+    factors = find_factors(NORMS, dict.fromkeys(sum(NORMS.values(), ()), "Q4_K"), sketches)
+    assert factors.keys() == {"blk.0.attn_norm.weight", *linears}  # of the other, only mean squares are known
+    columns = channel_factors(np.diag(before[linears[0]]))
+    np.testing.assert_allclose(factors["blk.0.attn_norm.weight"] * columns, 1, rtol=1e-6)
+    sketches.smooth(factors)
+    for name in linears:
+        np.testing.assert_allclose(factors[name], columns, rtol=1e-6)
+        for _ in range(2):  # loaded, and remembered
+            np.testing.assert_allclose(sketches[name].dense() * np.outer(columns, columns), before[name], rtol=1e-5)
+
+
+def test_a_group_with_a_linear_that_is_not_shaped_stays_as_it_is(sketches):
+    types = {**dict.fromkeys(sum(NORMS.values(), ()), "Q4_K"), "blk.0.attn_v.weight": "BF16"}
+    assert find_factors(NORMS, types, sketches) == {}
+
+
+def test_a_smoothed_file_is_compared_with_what_it_was_made_from(tmp_path):
+    model, path = model_folder(), tmp_path / "smoothed.gguf"
+    api.quantize(model, path, recipe="q6_k", windows=8, cache=tmp_path / "cache")
+    api.quantize(model, tmp_path / "plain.gguf", recipe="q6_k", effort="fast")
+    with GGUFReader.open(path) as smoothed, GGUFReader.open(tmp_path / "plain.gguf") as plain:
+        norm = "blk.0.attn_norm.weight"
+        assert (smoothed.read_rows(norm, 0, 1) != plain.read_rows(norm, 0, 1)).any()
+    for check in api.verify(path, against=model):
+        assert check.relative_error < (1e-6 if check.type == "F32" else 0.1), check
