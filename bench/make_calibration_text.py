@@ -21,12 +21,12 @@ import xml.etree.ElementTree
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import mwparserfromhell
 import zstandard
+from manual_pages import Page, httpd_page, sqlite_body
 
 OWN = Path(__file__).parent / "calibration_text"
 CHAPTER = re.compile(r"^(?:chapter [0-9]+.*|[IVXL]+\. \S.*)$", re.IGNORECASE | re.MULTILINE)
@@ -135,54 +135,6 @@ def underscore(path: Path) -> Iterator[Document]:
         yield Document(f"underscore/{i // 12_000}", "code", excerpt(text[start:], 6000))
 
 
-class Page(HTMLParser):
-    """The text of a manual page, paragraph by paragraph."""
-
-    BLOCKS = frozenset(
-        ["p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "tr", "pre", "div", "ul", "ol", "table", "blockquote"]
-    )
-    SKIPPED = frozenset(["script", "style", "button", "svg", "title"])
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.paragraphs: list[tuple[str, str]] = []  # tag, text
-        self._tag, self._parts, self._skip = "div", [""], 0
-        self.feed(html)
-        self._flush("div")
-
-    def _flush(self, tag: str) -> None:
-        text = "".join(self._parts)
-        text = text.strip("\n") if self._tag == "pre" else " ".join(text.split())
-        if text.strip():
-            self.paragraphs.append((self._tag, text))
-        self._tag, self._parts = tag, []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._skip += tag in self.SKIPPED
-        if tag in self.BLOCKS and not (tag == "p" and self._tag in ("li", "dd") and not "".join(self._parts).strip()):
-            self._flush(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._skip = max(0, self._skip - (tag in self.SKIPPED))
-        if tag in self.BLOCKS:
-            self._flush("div")
-
-    def handle_data(self, data: str) -> None:
-        if not self._skip:
-            self._parts.append(data)
-
-    def text(self) -> str:
-        marks = {"h1": "# ", "h2": "## ", "h3": "### ", "li": "- "}
-        return "\n\n".join(marks.get(tag, "") + text for tag, text in self.paragraphs)
-
-
-def httpd_page(path: Path) -> Page:
-    raw = path.read_bytes()
-    html = raw.decode("euc-kr" if b"charset=EUC-KR" in raw else "utf-8", errors="replace")
-    html = html[max(html.find("<h1>"), 0) :].partition('<div class="bottomlang">')[0]
-    return Page(re.sub(r'<div (?:class="(?:toplang|top)"|id="quickview")>.*?</div>', "", html, flags=re.DOTALL))
-
-
 def manuals(httpd: Path, sqlite: Path) -> Iterator[Document]:
     """English technical prose."""
     pages = {str(path.relative_to(httpd / "en")): path for path in (httpd / "en").rglob("*.html")}
@@ -193,12 +145,6 @@ def manuals(httpd: Path, sqlite: Path) -> Iterator[Document]:
     names = [p.name for p in sqlite.glob("*.html") if not skipped.search(p.name) and p.stat().st_size > 15_000]
     texts = ((n, Page(sqlite_body(sqlite / n)).text()) for n in shuffled(names))
     yield from take((Document(f"sqlite/{n}", "technical", excerpt(text, 6000)) for n, text in texts), 85_000)
-
-
-def sqlite_body(path: Path) -> str:
-    html = path.read_text("utf-8", errors="replace")
-    start = html.find("<h1")
-    return html[start if start > 0 else html.find("fancy_title") :]
 
 
 def language_of(page: str) -> str:
