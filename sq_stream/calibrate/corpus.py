@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ class Corpus:
     convergence_documents: Ids
     heldout_documents: Ids
     document_ids: tuple[str, ...]  # what the numbers in the `*_documents` mean
+    coverage: Mapping[str, int] = field(default_factory=dict)  # windows of `calib` by what their text is
     notes: tuple[str, ...] = ()  # what the user should know
 
     @property
@@ -128,8 +130,18 @@ def build_corpus(
         convergence_documents=chosen[1].documents,
         heldout_documents=chosen[2].documents,
         document_ids=tuple(document.id for part in parts for document in part),
+        coverage=Counter(_source(parts[0][i]) for i in chosen[0].documents),
         notes=tuple(notes),
     )
+
+
+def _source(document: Document) -> str:
+    """What a document's text is: its kind, with the language where that is not English; or the user's file."""
+    if document.kind == GIVEN:
+        return document.id.rpartition("/")[0]
+    if document.kind == "languages":
+        return f"languages, {document.id.removeprefix('own/languages').split('/')[1]}"
+    return document.kind
 
 
 def bos_id(vocabulary: Vocabulary) -> int | None:

@@ -55,6 +55,10 @@ class Sketches(Mapping[str, Sketch], Closing):
     def __len__(self) -> int:
         return len(self._widths)
 
+    def site(self, name: str) -> tuple[str, ...]:
+        """All linears that share the inputs of linear `name`; none if it has no data."""
+        return tuple(f"{linear}.weight" for linear in self._sites.get(name, ()))
+
     def smooth(self, factors: Mapping[str, Array]) -> None:
         """From now on give the statistics of linears whose columns are multiplied by `factors` [n_in], by name."""
         self._last, self._factors = None, factors

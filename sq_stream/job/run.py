@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -24,8 +22,10 @@ from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
+from sq_stream.job.record import Record, is_measured, measure, read_record, recording
 from sq_stream.job.statistics import gather
 from sq_stream.job.tiles import row_tiles
+from sq_stream.job.timeline import peak_ram
 from sq_stream.job.verify import check_tensors
 from sq_stream.models.forward import linears_by_norm
 from sq_stream.parallel import Workers
@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from sq_stream.quantize.encode import Encoder
 
 
-def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
-    """Write the file of `plan`, resuming an interrupted run of the same plan.
+Publish = Callable[[Record], None]
+"""Told of a job that is done but for its file's name; if it raises, the same command comes back to this point."""
+
+
+def run(plan: Plan, on_event: OnEvent = ignore, publish: Publish | None = None) -> Finished:
+    """Write the file of `plan`, resuming an interrupted run of the same plan; with `publish`, measure it too.
 
     Raises:
         InterruptedJobError: stopped by SIGINT, or another process is writing the same file; running again resumes.
@@ -50,7 +54,7 @@ def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
     for note in plan.notes:
         on_event(Note(note))
     try:
-        _write(plan, on_event)
+        _write(plan, on_event, publish)
     except KeyboardInterrupt:
         raise InterruptedJobError(
             f"interrupted: the finished tensors are in {partial_path(output)}; the same command goes on from there"
@@ -66,19 +70,38 @@ def run(plan: Plan, on_event: OnEvent = ignore) -> Finished:
     return finished
 
 
-def _write(plan: Plan, on_event: OnEvent) -> None:
+def _write(plan: Plan, on_event: OnEvent, publish: Publish | None) -> None:
     file, journal = _open(plan, on_event)
     with file, journal:
-        checksums = {record["tensor"]: record["crc32"] for record in journal.records}
-        sketches = None
-        if plan.statistics is not None and len(checksums) < len(plan.tensors):
-            sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
-        with sketches or nullcontext():
-            _encode(plan, sketches, file, journal, checksums, on_event)
-        with GGUFReader.open(file.partial) as reader:
-            check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
+        if publish is None:
+            _produce(plan, file, journal, on_event)
+        else:
+            with recording(journal, on_event) as recorder:
+                _produce(plan, file, journal, recorder, measured=True)
+                publish(read_record(journal, file.partial, recorder.timeline()))
         file.commit()
         journal.remove()
+
+
+def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *, measured: bool = False) -> None:
+    """Fill the partial file and read it back; if it is to be `measured`, put into the journal what was found."""
+    checksums = _checksums(journal)
+    to_measure = measured and not is_measured(plan, journal)
+    sketches = None
+    if plan.statistics is not None and (len(checksums) < len(plan.tensors) or to_measure):
+        sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
+    with sketches or nullcontext():
+        factors = _smooth(plan, sketches)
+        _encode(plan, sketches, factors, file, journal, checksums, on_event)
+        if to_measure:
+            measure(plan, sketches, factors, journal, file.partial, on_event)
+    with GGUFReader.open(file.partial) as reader:
+        check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
+
+
+def _checksums(journal: Journal) -> dict[str, int]:
+    """CRC-32 of the tensors that are in the file, by name."""
+    return {record["tensor"]: record["crc32"] for record in journal.records if "tensor" in record}
 
 
 def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
@@ -108,13 +131,14 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
             f"{partial} is the work of an interrupted run with another {', '.join(differing)}: repeat that run to "
             "finish it, start over with --fresh, or name another file with -o"
         )
-    on_event(Note(f"resuming: {len(journal.records)} of {len(plan.tensors)} tensors are done"))
+    on_event(Note(f"resuming: {len(_checksums(journal))} of {len(plan.tensors)} tensors are done"))
     return GGUFFile.reopen(output, plan.layout), journal
 
 
 def _encode(
     plan: Plan,
     sketches: Sketches | None,
+    factors: Mapping[str, NDArray[np.float32]],
     file: GGUFFile,
     journal: Journal,
     checksums: dict[str, int],
@@ -127,7 +151,7 @@ def _encode(
 
     numba.set_num_threads(plan.settings.threads)
     on_event(StageStarted("encode", plan.n_weights))
-    done, factors = 0, _smooth(plan, sketches)
+    done = 0
     with Workers(plan.settings.threads) as workers:
 
         def encoder(tensor: PlannedTensor) -> Encoder:
@@ -178,8 +202,3 @@ def _encode_tensor(
         yield rows.stop * source.n_in
     checksums[source.name] = crc
 
-
-def peak_ram() -> int:
-    """Largest resident memory that this process has had, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sq_stream.calibrate.calibration import Calibration, plan_calibration
 from sq_stream.calibrate.corpus import build_corpus
@@ -32,6 +32,7 @@ class Statistics:
     imatrix: Sketches | None
     digests: Mapping[str, str]  # SHA-256 of each part of the text, or of the importance matrix
     notes: tuple[str, ...] = ()
+    coverage: Mapping[str, int] = field(default_factory=dict)  # windows of the calibration by what their text is
 
     @property
     def entries(self) -> list[Entry]:
@@ -83,7 +84,7 @@ def find_statistics(
         threads=settings.threads,
         afterwards=afterwards,
     )
-    return Statistics(calibration, None, corpus.digests, corpus.notes)
+    return Statistics(calibration, None, corpus.digests, corpus.notes, corpus.coverage)
 
 
 def gather(statistics: Statistics, settings: Settings, spec: ModelSpec, on_event: OnEvent) -> Sketches:

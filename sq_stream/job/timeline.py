@@ -1,0 +1,101 @@
+"""Time and resident memory of a run, stage by stage, sampled by a thread that costs next to nothing."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from sq_stream.events import Event, OnEvent, StageStarted
+
+FIRST_STAGE = "prepare"
+_INTERVAL = 0.1  # seconds between samples at first; twice as much whenever there are MOST_SAMPLES
+MOST_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run; seconds since its start."""
+
+    name: str
+    start: float
+    end: float
+    peak_ram: int  # bytes, of the samples
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a run took: `samples` are (seconds since the start, resident bytes), the largest of each span of time."""
+
+    seconds: float
+    peak_ram: int  # bytes, as the kernel counts it
+    stages: tuple[Stage, ...]
+    samples: tuple[tuple[float, int], ...]
+
+
+class Recorder:
+    """Records the timeline of what happens in its `with` block, from the events that it passes on.
+
+    Where memory cannot be read there are no samples; recording never raises.
+    """
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._start = time.monotonic()
+        self._stages: list[tuple[str, float]] = [(FIRST_STAGE, 0.0)]
+        self._samples: list[tuple[float, int]] = []
+        self._interval = _INTERVAL
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="memory samples", daemon=True)
+
+    def __call__(self, event: Event) -> None:
+        """Pass an event on."""
+        if isinstance(event, StageStarted):
+            self._stages.append((event.stage, self._now()))
+        self._on_event(event)
+
+    def timeline(self) -> Timeline:
+        """What was recorded so far."""
+        now, samples = self._now(), tuple(self._samples)
+        ends = [start for _, start in self._stages[1:]] + [now]
+        stages = tuple(
+            Stage(name, start, end, max((ram for at, ram in samples if start <= at <= end), default=0))
+            for (name, start), end in zip(self._stages, ends, strict=True)
+        )
+        return Timeline(now, peak_ram(), stages, samples)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._start
+
+    def _sample(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        while not self._stop.wait(self._interval):
+            try:
+                sample = self._now(), int(process.memory_info().rss)
+            except (psutil.Error, OSError):
+                return
+            self._samples = [*self._samples, sample] if len(self._samples) < MOST_SAMPLES else self._thin(sample)
+
+    def _thin(self, last: tuple[float, int]) -> list[tuple[float, int]]:
+        """Every two samples become their larger one, and the next ones come half as often."""
+        self._interval *= 2
+        pairs = zip(self._samples[::2], self._samples[1::2], strict=True)
+        return [*(max(pair, key=lambda sample: sample[1]) for pair in pairs), last]
+
+    def __enter__(self) -> Recorder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def peak_ram() -> int:
+    """Largest resident memory that this process has had, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
