@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,14 @@ from sq_stream.errors import BadInputError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, check_place, make_plan
+from sq_stream.job.record import Record
 from sq_stream.job.run import run
 from sq_stream.job.settings import DEFAULT_MAX_RAM, Options, parse_settings
 from sq_stream.job.statistics import gather
 from sq_stream.job.summary import CheckpointSummary, GGUFSummary, summarize_checkpoint, summarize_gguf
 from sq_stream.job.verify import TensorCheck, verify_file
+from sq_stream.report.content import quantize_content
+from sq_stream.report.files import check_paths, write_reports
 from sq_stream.units import parse_size
 
 if TYPE_CHECKING:
@@ -57,16 +61,34 @@ def plan(model_dir: PathLike, output: PathLike | None = None, **options: Unpack[
 
 
 def quantize(
-    model_dir: PathLike, output: PathLike | None = None, *, on_event: OnEvent = ignore, **options: Unpack[Options]
+    model_dir: PathLike,
+    output: PathLike | None = None,
+    *,
+    report: Sequence[PathLike] = (),
+    on_event: OnEvent = ignore,
+    **options: Unpack[Options],
 ) -> Finished:
     """Quantize a checkpoint into a GGUF file; takes what `plan` takes, and resumes what was interrupted.
+
+    Args:
+        model_dir: as for `plan`.
+        output: as for `plan`.
+        report: files to write a report to, *.html or *.json; older ones are replaced. The GGUF file is the same.
+        on_event: called with everything that happens.
+        options: as for `plan`.
 
     Raises:
         SqStreamError: the job cannot be done or was stopped; nothing that looks finished is left behind.
     """
+    reports = [Path(path) for path in report]
+    check_paths(reports, [Path(model_dir)])
     job = plan(model_dir, output, **options)
+
+    def publish(record: Record) -> None:
+        write_reports(reports, quantize_content(job, record))
+
     with job.checkpoint:
-        return run(job, on_event)
+        return run(job, on_event, publish if reports else None)
 
 
 def calibrate(

@@ -10,7 +10,17 @@ import click
 
 from sq_stream import __version__
 from sq_stream.cli.console import Console
-from sq_stream.cli.options import as_json, cache, job_options, log_format, max_ram, model_dir, text_options, threads
+from sq_stream.cli.options import (
+    as_json,
+    cache,
+    job_options,
+    log_format,
+    max_ram,
+    model_dir,
+    report,
+    text_options,
+    threads,
+)
 
 EPILOG = """\b
 Exit codes:
@@ -36,6 +46,7 @@ def cli() -> None:
 @job_options
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
+@report
 @log_format
 def quantize(model_dir: Path, log_format: str, **options: Any) -> None:
     """Quantize the checkpoint in MODEL_DIR into a GGUF file.

@@ -32,6 +32,13 @@ cache = click.option(
     metavar="DIR",
     help="Where calibrations are kept. Default: sq-stream in the user's cache folder.",
 )
+report = click.option(
+    "--report",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Also write a report, as a page (FILE.html) or as JSON (FILE.json), replacing an older one. Repeatable.",
+)
 log_format = click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),

@@ -201,4 +201,3 @@ def _encode_tensor(
         crc = zlib.crc32(data.data, crc)
         yield rows.stop * source.n_in
     checksums[source.name] = crc
-

@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sq_stream.events import Event, OnEvent, StageStarted
@@ -73,18 +74,19 @@ class Recorder:
         import psutil
 
         process = psutil.Process()
-        while not self._stop.wait(self._interval):
-            try:
-                sample = self._now(), int(process.memory_info().rss)
-            except (psutil.Error, OSError):
-                return
-            self._samples = [*self._samples, sample] if len(self._samples) < MOST_SAMPLES else self._thin(sample)
+        with suppress(psutil.Error, OSError):
+            while True:
+                self._samples.append((self._now(), int(process.memory_info().rss)))
+                if len(self._samples) == MOST_SAMPLES:
+                    self._thin()
+                if self._stop.wait(self._interval):
+                    return
 
-    def _thin(self, last: tuple[float, int]) -> list[tuple[float, int]]:
+    def _thin(self) -> None:
         """Every two samples become their larger one, and the next ones come half as often."""
         self._interval *= 2
         pairs = zip(self._samples[::2], self._samples[1::2], strict=True)
-        return [*(max(pair, key=lambda sample: sample[1]) for pair in pairs), last]
+        self._samples = [max(pair, key=lambda sample: sample[1]) for pair in pairs]
 
     def __enter__(self) -> Recorder:
         self._thread.start()

@@ -1,0 +1,152 @@
+"""The charts and tables of an evaluation, from its content."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Literal
+
+from markupsafe import Markup
+
+from sq_stream.report.charts import Axis, Line, linear_axis, log_axis, plot
+from sq_stream.report.numbers import integer, significant
+
+Content = Mapping[str, Any]
+SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999)
+_LONGEST = 22  # characters of a label beside a chart
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without what they all begin and end with, cut at separators, and not too long: for labels in charts."""
+    start, end = _shared(names), _shared([name[::-1] for name in names])
+    return {name: _cut(name[start : len(name) - end] or name) for name in names}
+
+
+def _shared(names: Sequence[str]) -> int:
+    """Characters that all names begin with, up to a separator; none if there is but one name."""
+    same = takewhile(lambda characters: len(set(characters)) == 1, zip(*names, strict=False))
+    prefix = "".join(characters[0] for characters in same) if len(names) > 1 else ""
+    return max((match.end() for match in re.finditer(r"[-_. /]", prefix)), default=0)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
+def compared(evaluation: Content, suite: Content) -> list[tuple[Content, Content]]:
+    """Model and score of all but the reference, candidates first."""
+    models = {model["name"]: model for model in evaluation["models"]}
+    pairs = [(models[score["model"]], score) for score in suite["scores"]]
+    return [pair for role in ("candidate", "baseline") for pair in pairs if pair[0]["role"] == role]
+
+
+def interval(estimate: Content, write: Callable[[float], str]) -> str:
+    """The 95% interval in words; nothing where there is none."""
+    if estimate["low"] is None or estimate["high"] is None:
+        return ""
+    return f"{write(estimate['low'])} to {write(estimate['high'])}"
+
+
+def signed(value: float) -> str:
+    """With its sign, a real minus, and three digits after the point: `+0.012`."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def size_chart(evaluation: Content, suite: Content) -> Markup | None:
+    """Mean KL of every model against its bits per weight."""
+    pairs = [(model, score) for model, score in compared(evaluation, suite) if score["mean_kl"]["value"] > 0]
+    if len(pairs) < 2:
+        return None
+    names = short_names([model["name"] for model, _ in pairs])
+    bits = [model["bits_per_weight"] for model, _ in pairs]
+    low, high = math.floor(2 * min(bits) - 0.2) / 2, math.ceil(2 * max(bits) + 0.2) / 2
+    ticks = [low + 0.5 * i for i in range(round(2 * (high - low)) + 1)]
+    lines, descriptions = [], []
+    for model, score in pairs:
+        point = model["bits_per_weight"], score["mean_kl"]["value"]
+        lines.append(Line([point], names[model["name"]], "main points" if model["role"] == "candidate" else "points"))
+        descriptions.append(f"{model['name']}: {point[0]:.2f} bits per weight, KL {significant(point[1])}")
+    return plot(
+        lines,
+        Axis(low, high, tuple((t, f"{t:g}") for t in ticks[:: max(1, len(ticks) // 6)]), "bits per weight"),
+        _kl_axis([score["mean_kl"]["value"] for _, score in pairs], "mean KL, nats"),
+        title="Size and mean KL",
+        description="; ".join(descriptions),
+    )
+
+
+def position_chart(evaluation: Content, suite: Content) -> Markup | None:
+    """Mean KL of every model by place in the window."""
+    curves = []
+    for model, score in compared(evaluation, suite):
+        places = [((b["first"] + b["last"]) / 2 + 1, b["mean_kl"]) for b in score["kl_by_position"]]
+        curves.append((model, places))
+    if not curves or len(curves[0][1]) < 2:
+        return None
+    n_ctx = suite["n_ctx"]
+    highest = max(kl for _, places in curves for _, kl in places)
+    ticks = tuple((4.0**i, integer(4**i)) for i in range(int(math.log(n_ctx, 4)) + 1))
+    return _chart(
+        curves,
+        Axis(1, n_ctx, ticks, "position", log=True),
+        linear_axis(highest, lambda v: f"{v:g}", label="mean KL, nats"),
+        "KL by position in the window",
+    )
+
+
+def quantile_chart(evaluation: Content, suite: Content) -> Markup | None:
+    """KL of tokens by rank: what share of them is below it."""
+    curves = []
+    for model, score in compared(evaluation, suite):
+        curves.append((model, quantiles(score["kl_histogram"], last=1 - SHARES[-1])))
+    values = [kl for _, places in curves for _, kl in places]
+    if not values:
+        return None
+    ticks = tuple((-math.log10(1 - share), f"{100 * share:g}%") for share in (0.0, *SHARES))
+    return _chart(
+        curves,
+        Axis(0, ticks[-1][0], ticks, "tokens with a smaller KL"),
+        _kl_axis([max(min(values), max(values) / 1e5), max(values)], "KL, nats"),
+        "Distribution of token KL",
+    )
+
+
+def quantiles(histogram: Content, last: float) -> list[tuple[float, float]]:
+    """(-log10 of the share of tokens above an edge, the edge), for the edges with at least the share `last` above."""
+    total, below, points = sum(histogram["counts"]), 0, []
+    for count, edge in zip(histogram["counts"], histogram["edges"][1:], strict=True):
+        below += count
+        above = 1 - below / max(total, 1)
+        if count and above >= max(last, 0.5 / max(total, 1)):
+            points.append((-math.log10(above), edge))
+    return points
+
+
+def _kl_axis(values: Sequence[float], label: str) -> Axis:
+    low, high = min(values), max(values)
+    if high / low < 8:  # too narrow for powers of ten alone
+        return log_axis(low, high, lambda v: f"{v:.2g}", label=label, base=2)
+    return log_axis(low, high, lambda v: f"{v:g}", label=label)
+
+
+def _chart(curves: Sequence[tuple[Content, Sequence[tuple[float, float]]]], x: Axis, y: Axis, title: str) -> Markup:
+    names = short_names([model["name"] for model, _ in curves])
+    lines, descriptions = [], []
+    for model, places in curves:
+        kind: Literal["main", "other"] = "main" if model["role"] == "candidate" else "other"
+        lines.append(Line(places, names[model["name"]], kind))
+        descriptions.append(f"{model['name']}: {significant(places[-1][1])} nats at the right end")
+    return plot(lines[::-1], x, y, title=title, description="; ".join(descriptions))
+
+
+def recovered(share: float) -> str:
+    """A recovery as a percentage without decimals, negative where it got worse."""
+    return f"{100 * share:.0f}%".replace("-", "−")
+
+
+def best_recovery(evaluation: Content) -> Content | None:
+    """The first suite's first recovery of KL: that of the first candidate against the first baseline."""
+    recoveries = [r for suite in evaluation["suites"][:1] for r in suite["recoveries"] if r["kl"]]
+    return recoveries[0] if recoveries else None
