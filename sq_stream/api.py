@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sq_stream.calibrate.imatrix import export_imatrix
 from sq_stream.errors import BadInputError, UsageError
+from sq_stream.evaluate.results import Evaluation
 from sq_stream.events import Finished, Note, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, check_place, make_plan
@@ -22,22 +23,26 @@ from sq_stream.job.settings import DEFAULT_MAX_RAM, Options, parse_settings
 from sq_stream.job.statistics import gather
 from sq_stream.job.summary import CheckpointSummary, GGUFSummary, summarize_checkpoint, summarize_gguf
 from sq_stream.job.verify import TensorCheck, verify_file
-from sq_stream.report.content import quantize_content
+from sq_stream.report.content import evaluation_content, quantize_content
 from sq_stream.report.files import check_paths, write_reports
 from sq_stream.units import parse_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from sq_stream.evaluate.settings import Options as EvaluateOptions
+
 PathLike = str | os.PathLike[str]
 
 __all__ = [
     "CheckpointSummary",
+    "Evaluation",
     "Finished",
     "GGUFSummary",
     "Plan",
     "TensorCheck",
     "calibrate",
+    "evaluate",
     "inspect",
     "plan",
     "quantize",
@@ -122,6 +127,39 @@ def calibrate(
             n_windows, n_ctx = job.calibration.windows.shape
             datasets = [str(path) for path in job.settings.calib] or ["sq-stream calib360"]
             export_imatrix(Path(imatrix_out), sketches, n_windows=n_windows, n_ctx=n_ctx, datasets=datasets)
+
+
+def evaluate(
+    files: PathLike | Sequence[PathLike],
+    ref: PathLike,
+    *,
+    report: Sequence[PathLike] = (),
+    on_event: OnEvent = ignore,
+    **options: Unpack[EvaluateOptions],
+) -> Evaluation:
+    """Compare the predictions of GGUF files, or of checkpoints, with those of the checkpoint they were made from.
+
+    >>> api.evaluate("x.gguf", "models/x", baselines=["rtn", "other.gguf"], suites=["general"])  # doctest: +SKIP
+
+    Args:
+        files: GGUF files or folders of checkpoints.
+        ref: folder of the reference.
+        report: as for `quantize`.
+        on_event: as for `quantize`.
+        options: the command line's, all listed in `sq_stream.evaluate.settings.Settings`.
+
+    Raises:
+        SqStreamError: it cannot be done or was stopped; nothing is left behind.
+    """
+    from sq_stream.evaluate.run import run as run_evaluation
+    from sq_stream.evaluate.settings import parse_settings as parse_evaluation
+
+    reports = [Path(path) for path in report]
+    settings = parse_evaluation([files] if isinstance(files, str | os.PathLike) else files, ref, **options)
+    check_paths(reports, [path for path in (settings.ref, *settings.files) if path.is_dir()])
+    evaluation = run_evaluation(settings, on_event)
+    write_reports(reports, evaluation_content(settings, evaluation))
+    return evaluation
 
 
 def verify(

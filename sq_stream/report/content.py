@@ -8,7 +8,7 @@ import re
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,6 +17,8 @@ from typing import Any
 
 from sq_stream import __version__
 from sq_stream.calibrate.spectrum import COUNTS
+from sq_stream.evaluate.results import Evaluation
+from sq_stream.evaluate.settings import Settings as EvaluationSettings
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.record import Record, SiteRecord
 from sq_stream.job.settings import Settings
@@ -28,7 +30,6 @@ VERSION = 1
 """Of the JSON form; a field may be added without a new one."""
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-_LEFT_OUT = {"model_dir", "output", "cache", "overwrite", "fresh"}  # fields that are no part of the command
 
 
 def quantize_content(plan: Plan, record: Record) -> dict[str, Any]:
@@ -40,6 +41,13 @@ def quantize_content(plan: Plan, record: Record) -> dict[str, Any]:
         **({f"text: {name}": digest for name, digest in plan.statistics.digests.items()} if plan.statistics else {}),
     }
     return {**_head(plan.settings.output.name, command, hashes), "quantization": _quantization(plan, record)}
+
+
+def evaluation_content(settings: EvaluationSettings, evaluation: Evaluation) -> dict[str, Any]:
+    """The content of the report of an evaluation."""
+    title = next(model.name for model in evaluation.models if model.role == "candidate")
+    hashes = {f"text: {suite.name}": suite.sha256 for suite in evaluation.suites}
+    return {**_head(title, evaluation_command(settings), hashes), "evaluation": asdict(evaluation)}
 
 
 def _head(title: str, command: str, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -172,14 +180,29 @@ def _calibration(plan: Plan, record: Record) -> dict[str, Any] | None:
 
 def quantize_command(settings: Settings) -> str:
     """The command that makes the same file again, wherever it is to be written."""
-    default = Settings(settings.model_dir, Path())
-    options = {"recipe": "type", "tensor_types": "tensor-type"}
-    words = ["sq-stream", "quantize", str(settings.model_dir)]
-    for name in (field.name for field in fields(Settings) if field.name not in _LEFT_OUT):
-        value = getattr(settings, name)
-        if value == getattr(default, name):
+    left_out = {"model_dir", "output", "cache", "overwrite", "fresh"}
+    options = _options(
+        settings, Settings(settings.model_dir, Path()), left_out, {"recipe": "type", "tensor_types": "tensor-type"}
+    )
+    return shlex.join(["sq-stream", "quantize", str(settings.model_dir), *options])
+
+
+def evaluation_command(settings: EvaluationSettings) -> str:
+    """The command that evaluates the same again."""
+    names = {"baselines": "baseline", "texts": "text", "suites": "suite"}
+    default = EvaluationSettings((), Path())
+    options = _options(settings, default, {"files", "cache", "calib_windows"}, names)
+    return shlex.join(["sq-stream", "eval", *map(str, settings.files), *options])
+
+
+def _options(settings: Any, default: Any, left_out: Collection[str], names: Mapping[str, str]) -> Iterator[str]:
+    """The options of a command in which `settings` differs from `default`; `names` of options that are not fields'."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in left_out or value == getattr(default, field.name):
             continue
-        option = f"--{options.get(name, name).replace('_', '-')}"
+        option = f"--{names.get(field.name, field.name).replace('_', '-')}"
         for item in value if isinstance(value, tuple) else (value,):
-            words += [option] if item is True else [option, str(item)]
-    return shlex.join(words)
+            yield option
+            if item is not True:
+                yield str(item)
