@@ -13,26 +13,12 @@ from sq_stream.cli.console import Console
 from sq_stream.cli.options import (
     as_json,
     cache,
-from sq_stream.cli.options import (
-    as_json,
-    cache,
     evaluate_options,
     job_options,
     log_format,
     max_ram,
     model_dir,
     report,
-    text_options,
-    threads,
-)
-    job_options,
-    log_format,
-    max_ram,
-    model_dir,
-<<<<<<< HEAD
-    report,
-=======
->>>>>>> wt-eval
     text_options,
     threads,
 )
