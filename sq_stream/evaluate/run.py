@@ -29,8 +29,8 @@ from sq_stream.evaluate.suites import Suite, make_suites
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.storage import open_locked, storage_errors, user_cache
 from sq_stream.job import settings as job_settings
-from sq_stream.job.run import peak_ram
 from sq_stream.job.statistics import Statistics, find_statistics, gather
+from sq_stream.job.timeline import peak_ram
 from sq_stream.text.encode import Tokenizer
 from sq_stream.units import format_size
 

@@ -76,8 +76,8 @@ def plot(
     *,
     title: str,
     description: str,
-    width: float = 400,
-    height: float = 210,
+    width: float = 440,
+    height: float = 220,
     bands: Sequence[tuple[float, str]] = (),
 ) -> Markup:
     """Lines in a frame.
@@ -177,7 +177,7 @@ def _labels(frame: Frame, lines: Sequence[Line]) -> Markup:
     labelled = sorted((line for line in lines if line.label and line.points), key=lambda line: _end(frame, line)[1])
     heights = [_LINE * (line.label.count("\n") + 1) for line in labelled]
     tops = spread([_end(frame, line)[1] - h / 2 for line, h in zip(labelled, heights, strict=True)], heights,
-                  frame.top - _LINE, frame.height - frame.bottom + _LINE)  # fmt: skip
+                  frame.top - _LINE, frame.height - frame.bottom + 4)  # fmt: skip
     parts = []
     for line, top in zip(labelled, tops, strict=True):
         points = line.kind.endswith("points")

@@ -43,20 +43,16 @@ def layer_chart(layers: Sequence[Content], *, compared: bool) -> Markup:
 
 
 def kind_charts(tensors: Sequence[Content]) -> list[tuple[str, Markup]]:
-    """For every kind of tensor that layers have, a small chart of its error by layer, all to the same scale."""
+    """For every kind of tensor that layers have, a small chart of its error by layer, each to a scale of its own."""
     kinds: dict[str, list[tuple[int, Content]]] = {}
     for tensor in tensors:
         if tensor["error"] and (match := _BLOCK.fullmatch(tensor["name"])):
             kinds.setdefault(match[2], []).append((int(match[1]), tensor["error"]))
-    errors = [error[which] for members in kinds.values() for _, error in members for which in ("plain", "stored")]
     layers = [layer for members in kinds.values() for layer, _ in members]
-    if not errors or min(layers) == max(layers):
-        return []
-    x, y = _layer_axis(layers, n_ticks=3), linear_axis(max(errors), short_percent, n_ticks=3)
-    return [(kind, _kind_chart(kind, members, x, y)) for kind, members in kinds.items()]
+    return [(kind, _kind_chart(kind, members, _layer_axis(layers, n_ticks=3))) for kind, members in kinds.items()]
 
 
-def _kind_chart(kind: str, members: Sequence[tuple[int, Content]], x: Axis, y: Axis) -> Markup:
+def _kind_chart(kind: str, members: Sequence[tuple[int, Content]], x: Axis) -> Markup:
     plain = [(layer, error["plain"]) for layer, error in members]
     stored = [(layer, error["stored"]) for layer, error in members]
     lines = [Line(stored, f"file\n{_median(stored)}")]
@@ -64,6 +60,7 @@ def _kind_chart(kind: str, members: Sequence[tuple[int, Content]], x: Axis, y: A
     if any(error["basis"] != "weights" for _, error in members):
         lines.insert(0, Line(plain, f"plain\n{_median(plain)}", "other"))
         description += f", of plain rounding {_median(plain)}"
+    y = linear_axis(max(error for _, error in [*plain, *stored]), short_percent, n_ticks=2)
     return _plot_small(lines, x, y, title=f"Output error of {kind} by layer", description=description)
 
 
