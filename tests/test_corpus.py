@@ -13,7 +13,6 @@ import pytest
 import zstandard
 from vocabularies import folder_of, n_vocab_of
 
-from sq_stream.calibrate import corpus as corpora
 from sq_stream.calibrate.corpus import MAX_REPEATED, MIX, PARTS, WINDOWS, Corpus, bos_id, build_corpus
 from sq_stream.calibrate.documents import GIVEN, MAX_FILE, Document, packaged, read_files, split
 from sq_stream.calibrate.shingles import SHINGLE, shingles
