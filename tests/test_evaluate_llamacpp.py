@@ -3,7 +3,7 @@
 llama.cpp multiplies quantized weights with activations rounded to 8 bits in blocks, which adds an error of its own to
 every logit of a quantized file, and F32 weights with activations as they are. So the figures of an F32 file agree to
 the accuracy of float32, those of a quantized file as closely as that rounding lets them: it adds to the divergence
-(a KL of about 0.001 here), and the loss moves to either side.
+(5% here, 9% on a model of width 768), and the loss moves to either side.
 
 SQ_REFERENCE_MODEL names checkpoint folders for the slow test (several: separated by the system's path separator).
 """
@@ -227,9 +227,7 @@ def test_figures_of_the_reference_model(model: Path, text: Path, tmp_path: Path)
     reference = run_llamacpp(bf16, windows)
     scores = evaluate(model, [fast, bf16], text)
     own = Figures.of(reference, reference, windows)
-    print(own, scores)
     assert scores["bf16"].mean_kl.value == 0
     assert scores["bf16"].loss.value == pytest.approx(own.loss, abs=0.005)
     theirs = Figures.of(reference, run_llamacpp(fast, windows), windows)
-    print(theirs)
-    assert_agree(scores["fast"], theirs, loss=0.03, kl=0.1, top1=0.03, dp=0.1)
+    assert_agree(scores["fast"], theirs, loss=0.03, kl=0.15, top1=0.04, dp=0.15)
