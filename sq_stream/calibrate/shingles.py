@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,13 @@ SHINGLE = 32
 """Tokens in a run. Shorter ones would find ordinary phrases in scripts that the tokenizer knows only as bytes."""
 MOST_SAMPLED = 4096
 """Hashes that a record of a text keeps: 16 KiB. Of the 360 calibration windows that is one in 42, 11 a window."""
-OVERLAP = 0.5
-"""A window repeats a recorded text when this part of its sampled shingles is in the record, and at least two are.
+REPEATED = 0.02
+"""A text repeats a recorded one when this part of its shingles is in the record, or of the record's in it.
 
-Windows for scoring and calibration that the package itself cuts share less than a quarter (`corpus.MAX_REPEATED`).
+Of the packaged sets for scoring less than 0.5% is in the record of the packaged calibration: formulas and boilerplate.
 """
+FEWEST_FOUND = 4
+"""Shingles in common that are no coincidence; fewer where a text has fewer."""
 _WINDOWS_AT_ONCE = 128
 
 
@@ -56,15 +59,26 @@ def sample(windows: Ids) -> npt.NDArray[np.uint32]:
     return least
 
 
-def repeats(windows: Ids, record: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
-    """Which windows `[n, ctx]` repeat the text whose `sample` is `record`: `[n]`."""
-    is_all = len(record) < MOST_SAMPLED
-    repeating = []
-    for hashes in _hashes(windows):
-        sampled = np.ones(hashes.shape, np.bool_) if is_all else hashes <= record[-1]
-        n_found = found(hashes, record).sum(axis=1)
-        repeating.append(n_found >= np.maximum(OVERLAP * sampled.sum(axis=1), 2))
-    return np.concatenate(repeating)
+@dataclass(frozen=True)
+class Overlap:
+    """What a text and a recorded one have in common, in distinct sampled shingles."""
+
+    n_found: int
+    n_text: int
+    n_record: int
+
+    @property
+    def is_repetition(self) -> bool:
+        """Whether the one is, in part, the other."""
+        n = min(self.n_text, self.n_record)
+        return self.n_found >= max(1, min(FEWEST_FOUND, n)) and self.n_found >= REPEATED * n
+
+
+def overlap(windows: Ids, record: npt.NDArray[np.uint32]) -> Overlap:
+    """What the text of `windows` [n, ctx] has in common with that whose `sample` is `record`."""
+    last = record[-1] if len(record) >= MOST_SAMPLED else np.uint32(2**32 - 1)
+    text = np.unique(np.concatenate([hashes[hashes <= last] for hashes in _hashes(windows)]))
+    return Overlap(int(found(text, record).sum()), len(text), len(record))
 
 
 def _hashes(windows: Ids) -> Iterator[npt.NDArray[np.uint32]]:

@@ -15,9 +15,9 @@ from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import TILE_WEIGHTS
 from sq_stream.units import format_size
 
-FIXED_BYTES = 260 * MIB
+FIXED_BYTES = 200 * MIB
 """Resident bytes before anything of a model: interpreter, NumPy, tokenizers, Numba while it compiles the decoders."""
-ENCODING_BYTES = 60 * MIB
+ENCODING_BYTES = 80 * MIB
 """The same for the encoders, where a baseline is made in memory."""
 BYTES_PER_VOCABULARY_BYTE = 12
 """Resident bytes for one byte of the tokenizer's files while vocabularies are compared."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream import __version__
-from sq_stream.calibrate.shingles import repeats, sample
+from sq_stream.calibrate.shingles import overlap, sample
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import is_linear
 from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError
@@ -55,9 +55,8 @@ def run(settings: Settings, on_event: OnEvent = ignore) -> Evaluation:
         reference = open_reference(settings.ref)
         opened.enter_context(reference.model)
         given = [opened.enter_context(model) for model in _open_given(settings, reference)]
-        suites = _suites(settings, reference)
         statistics = _statistics(settings, reference)
-        _refuse_fitted(given, statistics, suites)
+        suites = _suites(settings, reference, given, statistics)
         importance: Importance = {}
         models = [reference.model, *given, *_made(settings, reference, given[0], importance)]
         budget = _budget(settings, models, suites, statistics)
@@ -105,15 +104,20 @@ def _open_given(settings: Settings, reference: Reference) -> Iterator[Model]:
         yield open_model(path, name, role, reference)
 
 
-def _suites(settings: Settings, reference: Reference) -> list[Suite]:
-    return make_suites(
-        settings.suites,
-        settings.texts,
-        Tokenizer.open(settings.ref),
-        reference.vocabulary,
-        ctx=settings.ctx,
-        n_windows=settings.windows,
+def _suites(
+    settings: Settings, reference: Reference, models: Sequence[Model], statistics: Statistics | None
+) -> list[Suite]:
+    """What to score, none of which a model was fitted to."""
+    suites = make_suites(
+        settings.suites, settings.texts, Tokenizer.open(settings.ref), reference.vocabulary, ctx=settings.ctx
     )
+    records = {model.info.path: model.record for model in models if model.record is not None}
+    if statistics is not None and statistics.calibration is not None:
+        records["the baseline imatrix"] = sample(statistics.calibration.windows)
+    for where, record in records.items():
+        for suite in suites:
+            _refuse_fitted(suite, where, record)
+    return [suite.first(settings.windows) for suite in suites]
 
 
 def _made(settings: Settings, reference: Reference, like: Model, importance: Importance) -> list[Model]:
@@ -131,24 +135,16 @@ def _made(settings: Settings, reference: Reference, like: Model, importance: Imp
     ]
 
 
-def _refuse_fitted(models: Sequence[Model], statistics: Statistics | None, suites: Sequence[Suite]) -> None:
-    """Refuse to score a text that a model was calibrated on.
-
-    Raises:
-        BadInputError: windows of a suite repeat the recorded text.
-    """
-    records = {model.info.path: model.record for model in models if model.record is not None}
-    if statistics is not None and statistics.calibration is not None:
-        records["the baseline imatrix"] = sample(statistics.calibration.windows)
-    for where, record in records.items():
-        for suite in suites:
-            n = int(repeats(suite.windows, record).sum())
-            if n:
-                raise BadInputError(
-                    f"{n} of the {len(suite.windows)} windows of {suite.name} are in the calibration text of {where}, "
-                    "and a score on text that a model was fitted to says nothing of other text: score a text that "
-                    "was not calibrated on, or leave those parts out"
-                )
+def _refuse_fitted(suite: Suite, where: str, record: NDArray[np.uint32]) -> None:
+    """Refuse to score a text that a model was calibrated on."""
+    found = overlap(suite.windows, record)
+    if found.is_repetition:
+        raise BadInputError(
+            f"{suite.name} is in the calibration text of {where}, wholly or in part: {found.n_found} of the "
+            f"{found.n_text} passages that were looked up ({found.n_found / found.n_text:.0%}) are in its record. A "
+            "score on text that a model was fitted to says nothing of other text: score another text, or one "
+            "without those parts"
+        )
 
 
 def _statistics(settings: Settings, reference: Reference) -> Statistics | None:

@@ -87,6 +87,8 @@ def _refuse_contradictions(settings: Settings) -> None:
     for name in settings.suites:
         if name not in SUITES:
             raise UsageError(f"--suite {name!r} is not one of {', '.join(SUITES)}")
+    if settings.windows is not None and settings.windows < 1:
+        raise UsageError(f"--windows {settings.windows}: at least one window is needed")
     given = [str(path) for path in settings.files] + list(settings.baselines)
     twice = next((name for name in given if given.count(name) > 1), None)
     if twice is not None:

@@ -44,7 +44,7 @@ class Suite:
         return hashlib.sha256(f"{self.windows.shape} ".encode() + self.windows.astype("<i4").tobytes()).hexdigest()
 
     def first(self, n: int | None) -> Suite:
-        """The first n windows, or all."""
+        """The first n windows, or all; of packaged sets the first few are mixed like all of them."""
         return Suite(self.name, self.windows[:n], self.documents[:n])
 
 
@@ -55,7 +55,6 @@ def make_suites(
     vocabulary: Vocabulary,
     *,
     ctx: int = CTX,
-    n_windows: int | None = None,
 ) -> list[Suite]:
     """The suites called `names`, and one of each text, or all texts in `general` where that is asked for.
 
@@ -65,17 +64,14 @@ def make_suites(
         tokenizer: of the reference.
         vocabulary: of the reference.
         ctx: tokens in a window of a text of its own, BOS included where the model wants one.
-        n_windows: at most, of every suite; None: all that there are.
 
     Raises:
-        UsageError: there is no such file, or `ctx` or `n_windows` is out of range.
+        UsageError: there is no such file, or `ctx` is out of range.
         BadInputError: a file is not text, or too short.
         StorageError: a file cannot be read.
     """
     if not CTX_RANGE[0] <= ctx <= CTX_RANGE[1]:
         raise UsageError(f"--ctx {ctx}: a window has {CTX_RANGE[0]} to {CTX_RANGE[1]} tokens")
-    if n_windows is not None and n_windows < 1:
-        raise UsageError(f"--windows {n_windows}: at least one window is needed")
     suites = []
     if {"heldout120", "convergence60"} & set(names):
         corpus = build_corpus(tokenizer, vocabulary)
@@ -90,7 +86,7 @@ def make_suites(
     else:
         for path, name in zip(texts, _names(texts), strict=True):
             suites.append(cut(name, _encode(path, tokenizer), ctx, bos_id(vocabulary)))
-    kept = [suite.first(n_windows) for suite in suites if suite.name in names or suite.name not in SUITES]
+    kept = [suite for suite in suites if suite.name in names or suite.name not in SUITES]
     for suite in kept:
         _check(suite, vocabulary)
     return kept
