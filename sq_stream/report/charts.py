@@ -76,7 +76,7 @@ def plot(
     *,
     title: str,
     description: str,
-    width: float = 440,
+    width: float = 420,
     height: float = 220,
     bands: Sequence[tuple[float, str]] = (),
 ) -> Markup:
@@ -235,9 +235,10 @@ def linear_axis(
     return Axis(low, low + n * step, ticks, label)
 
 
-def log_axis(low: float, high: float, text: Callable[[float], str], *, label: str = "", base: float = 10.0) -> Axis:
-    """A logarithmic axis between the powers of `base` around `low` and `high`, both positive, ticks at the powers."""
-    first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
-    last = max(last, first + 1)
-    ticks = tuple((base**i, text(base**i)) for i in range(first, last + 1))
-    return Axis(base**first, base**last, ticks, label, log=True)
+def log_axis(low: float, high: float, text: Callable[[float], str], *, label: str = "") -> Axis:
+    """A logarithmic axis around `low` and `high`, both positive, with ticks at powers of ten, and between if few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [10.0**i * step for i in range(first, last + 1) for step in ((1, 2, 5) if high < 50 * low else (1,))]
+    start = max((tick for tick in ticks if tick <= low), default=ticks[0])
+    end = min((tick for tick in ticks if tick >= high and tick > start), default=ticks[-1])
+    return Axis(start, end, tuple((tick, text(tick)) for tick in ticks if start <= tick <= end), label, log=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from functools import partial
+from itertools import takewhile, zip_longest
 from typing import Any, Literal
 
 from markupsafe import Markup
@@ -14,21 +14,20 @@ from sq_stream.report.charts import Axis, Line, linear_axis, log_axis, plot
 from sq_stream.report.numbers import integer, significant
 
 Content = Mapping[str, Any]
+_plot = partial(plot, width=360, height=210)
 SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999)
-_LONGEST = 22  # characters of a label beside a chart
+SEPARATORS = ("", "-", "_", ".", " ", "/")
+_LONGEST = 18  # characters of a label beside a chart
 
 
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names without what they all begin and end with, cut at separators, and not too long: for labels in charts."""
-    start, end = _shared(names), _shared([name[::-1] for name in names])
-    return {name: _cut(name[start : len(name) - end] or name) for name in names}
-
-
-def _shared(names: Sequence[str]) -> int:
-    """Characters that all names begin with, up to a separator; none if there is but one name."""
-    same = takewhile(lambda characters: len(set(characters)) == 1, zip(*names, strict=False))
-    prefix = "".join(characters[0] for characters in same) if len(names) > 1 else ""
-    return max((match.end() for match in re.finditer(r"[-_. /]", prefix)), default=0)
+def labels(evaluation: Content) -> dict[str, str]:
+    """Short names of the models, for charts: without what the names of all files and folders begin with."""
+    names = [str(model["name"]) for model in evaluation["models"] if not model["made"]]
+    same = takewhile(lambda characters: len(set(characters)) == 1, zip_longest(*names, fillvalue="-"))
+    shared = "".join(characters[0] for characters in same) if len(names) > 1 else ""
+    start = max((i for i in range(len(shared) + 1) if all(name[i : i + 1] in SEPARATORS for name in names)), default=0)
+    short = {name: name[start:].strip("".join(SEPARATORS)).removesuffix(".gguf") or name for name in names}
+    return {m["name"]: _cut(short.get(m["name"], m["name"])) for m in evaluation["models"]}
 
 
 def _cut(name: str) -> str:
@@ -59,7 +58,8 @@ def size_chart(evaluation: Content, suite: Content) -> Markup | None:
     pairs = [(model, score) for model, score in compared(evaluation, suite) if score["mean_kl"]["value"] > 0]
     if len(pairs) < 2:
         return None
-    names = short_names([model["name"] for model, _ in pairs])
+    names = labels(evaluation)
+    values = [score["mean_kl"]["value"] for _, score in pairs]
     bits = [model["bits_per_weight"] for model, _ in pairs]
     low, high = math.floor(2 * min(bits) - 0.2) / 2, math.ceil(2 * max(bits) + 0.2) / 2
     ticks = [low + 0.5 * i for i in range(round(2 * (high - low)) + 1)]
@@ -68,10 +68,10 @@ def size_chart(evaluation: Content, suite: Content) -> Markup | None:
         point = model["bits_per_weight"], score["mean_kl"]["value"]
         lines.append(Line([point], names[model["name"]], "main points" if model["role"] == "candidate" else "points"))
         descriptions.append(f"{model['name']}: {point[0]:.2f} bits per weight, KL {significant(point[1])}")
-    return plot(
+    return _plot(
         lines,
         Axis(low, high, tuple((t, f"{t:g}") for t in ticks[:: max(1, len(ticks) // 6)]), "bits per weight"),
-        _kl_axis([score["mean_kl"]["value"] for _, score in pairs], "mean KL, nats"),
+        log_axis(0.85 * min(values), max(values), short, label="mean KL, nats"),
         title="Size and mean KL",
         description="; ".join(descriptions),
     )
@@ -89,9 +89,10 @@ def position_chart(evaluation: Content, suite: Content) -> Markup | None:
     highest = max(kl for _, places in curves for _, kl in places)
     ticks = tuple((4.0**i, integer(4**i)) for i in range(int(math.log(n_ctx, 4)) + 1))
     return _chart(
+        labels(evaluation),
         curves,
         Axis(1, n_ctx, ticks, "position", log=True),
-        linear_axis(highest, lambda v: f"{v:g}", label="mean KL, nats"),
+        linear_axis(highest, short, label="mean KL, nats"),
         "KL by position in the window",
     )
 
@@ -104,11 +105,12 @@ def quantile_chart(evaluation: Content, suite: Content) -> Markup | None:
     values = [kl for _, places in curves for _, kl in places]
     if not values:
         return None
-    ticks = tuple((-math.log10(1 - share), f"{100 * share:g}%") for share in (0.0, *SHARES))
+    ticks = tuple((-math.log10(1 - share), f"{100 * share:g}%") for share in SHARES)
     return _chart(
+        labels(evaluation),
         curves,
         Axis(0, ticks[-1][0], ticks, "tokens with a smaller KL"),
-        _kl_axis([max(min(values), max(values) / 1e5), max(values)], "KL, nats"),
+        log_axis(max(min(values), max(values) / 1e4), max(values), short, label="KL, nats"),
         "Distribution of token KL",
     )
 
@@ -124,21 +126,24 @@ def quantiles(histogram: Content, last: float) -> list[tuple[float, float]]:
     return points
 
 
-def _kl_axis(values: Sequence[float], label: str) -> Axis:
-    low, high = min(values), max(values)
-    if high / low < 8:  # too narrow for powers of ten alone
-        return log_axis(low, high, lambda v: f"{v:.2g}", label=label, base=2)
-    return log_axis(low, high, lambda v: f"{v:g}", label=label)
+def short(value: float) -> str:
+    """For ticks: as few digits as it takes, and no exponent."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def _chart(curves: Sequence[tuple[Content, Sequence[tuple[float, float]]]], x: Axis, y: Axis, title: str) -> Markup:
-    names = short_names([model["name"] for model, _ in curves])
+def _chart(
+    names: Mapping[str, str],
+    curves: Sequence[tuple[Content, Sequence[tuple[float, float]]]],
+    x: Axis,
+    y: Axis,
+    title: str,
+) -> Markup:
     lines, descriptions = [], []
     for model, places in curves:
         kind: Literal["main", "other"] = "main" if model["role"] == "candidate" else "other"
         lines.append(Line(places, names[model["name"]], kind))
         descriptions.append(f"{model['name']}: {significant(places[-1][1])} nats at the right end")
-    return plot(lines[::-1], x, y, title=title, description="; ".join(descriptions))
+    return _plot(lines[::-1], x, y, title=title, description="; ".join(descriptions))
 
 
 def recovered(share: float) -> str:

@@ -30,5 +30,10 @@ def render(content: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= FILTERS
-    environment.globals |= {"charts": quantization, "scores": evaluation}
+    environment.globals |= {
+        "charts": quantization,
+        "scores": evaluation,
+        "percent": percent,
+        "significant": significant,
+    }
     return environment.get_template("page.html").render(content)
