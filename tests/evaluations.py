@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from sq_stream.evaluate.results import (
@@ -15,6 +17,13 @@ from sq_stream.evaluate.results import (
     SuiteResult,
 )
 
+KLS = {
+    "SmolLM2-135M": 0.0,
+    "SmolLM2-135M-Q4_K_M-pure.gguf": 0.066,
+    "SmolLM2-135M-Q4_K_M-llamacpp.gguf": 0.132,
+    "rtn": 0.281,
+    "imatrix": 0.139,
+}
 EDGES = tuple(float(edge) for edge in np.geomspace(1e-6, 10, 71))
 
 
@@ -27,9 +36,7 @@ def evaluation() -> Evaluation:
         model("rtn", "baseline", 4.51, 0.281, made="rtn"),
         model("imatrix", "baseline", 4.51, 0.139, made="imatrix"),
     )
-    suites = tuple(
-        suite(name, n_ctx, factor) for name, n_ctx, factor in (("heldout120", 512, 1.0), ("<b>own</b>.txt", 256, 1.2))
-    )
+    suites = suite("heldout120", 512, 1.0), suite("<b>own</b>.txt", 256, 1.2)
     return Evaluation(
         schema=1, sq_stream="0.1.0", models=models, suites=suites, notes=("a note with <markup> & more",),
         n_samples=1000, seed=0, threads=2, max_ram=2**32, planned_ram=7 * 2**27, peak_ram=6 * 2**27, seconds=483.0,
@@ -47,13 +54,7 @@ def model(name: str, role: str, bits: float, kl: float | None, made: str = "") -
 
 
 def suite(name: str, n_ctx: int, factor: float) -> SuiteResult:
-    kls = {
-        "SmolLM2-135M-Q4_K_M-pure.gguf": 0.066,
-        "SmolLM2-135M-Q4_K_M-llamacpp.gguf": 0.132,
-        "rtn": 0.281,
-        "imatrix": 0.139,
-    }
-    scores = [score("SmolLM2-135M", n_ctx, 0.0)] + [score(model, n_ctx, kl * factor) for model, kl in kls.items()]
+    scores = [score(name, n_ctx, kl * factor) for name, kl in KLS.items()]
     mine = scores[1].mean_kl.value
     recoveries = tuple(
         Recovery(scores[1].model, s.model, estimate(1 - mine / s.mean_kl.value, 0.1) if s.model != "rtn" else None,
@@ -67,7 +68,7 @@ def score(model: str, n_ctx: int, kl: float) -> Score:
     tokens = np.random.RandomState(1).lognormal(np.log(max(kl, 1e-9)) - 1.1, 1.6, 4096)
     counts = np.histogram(np.clip(tokens, EDGES[0], EDGES[-1]), EDGES)[0]
     bounds = [0, *(2**i for i in range(2, int(np.log2(n_ctx)) + 1))]
-    bins = [(a, b - 1, kl * (1.0 + 1.5 / (1 + i))) for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+    bins = [(a, b - 1, kl * (1.0 + 1.5 / (1 + i))) for i, (a, b) in enumerate(pairwise(bounds))]
     return Score(
         model=model, loss=estimate(3.02 + 0.6 * kl, 0.05), perplexity=float(np.exp(3.02 + 0.6 * kl)),
         loss_gap=estimate(0.6 * kl if model != "imatrix" else -0.004, 0.2), fits=model == "imatrix",

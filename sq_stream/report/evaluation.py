@@ -14,6 +14,7 @@ from sq_stream.report.charts import Axis, Line, linear_axis, log_axis, plot
 from sq_stream.report.numbers import integer, significant
 
 Content = Mapping[str, Any]
+Points = Sequence[tuple[float, float]]
 _plot = partial(plot, width=360, height=210)
 SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 SEPARATORS = ("", "-", "_", ".", " ", "/")
@@ -89,7 +90,7 @@ def position_chart(evaluation: Content, suite: Content) -> Markup | None:
     highest = max(kl for _, places in curves for _, kl in places)
     ticks = tuple((4.0**i, integer(4**i)) for i in range(int(math.log(n_ctx, 4)) + 1))
     return _chart(
-        labels(evaluation),
+        evaluation,
         curves,
         Axis(1, n_ctx, ticks, "position", log=True),
         linear_axis(highest, short, label="mean KL, nats"),
@@ -99,15 +100,15 @@ def position_chart(evaluation: Content, suite: Content) -> Markup | None:
 
 def quantile_chart(evaluation: Content, suite: Content) -> Markup | None:
     """KL of tokens by rank: what share of them is below it."""
-    curves = []
-    for model, score in compared(evaluation, suite):
-        curves.append((model, quantiles(score["kl_histogram"], last=1 - SHARES[-1])))
+    pairs = [(m, quantiles(s["kl_histogram"], last=1 - SHARES[-1])) for m, s in compared(evaluation, suite)]
+    end = min((places[-1][0] for _, places in pairs if places), default=0.0)
+    curves = [(model, [place for place in places if place[0] <= end]) for model, places in pairs if places]
     values = [kl for _, places in curves for _, kl in places]
     if not values:
         return None
     ticks = tuple((-math.log10(1 - share), f"{100 * share:g}%") for share in SHARES)
     return _chart(
-        labels(evaluation),
+        evaluation,
         curves,
         Axis(0, ticks[-1][0], ticks, "tokens with a smaller KL"),
         log_axis(max(min(values), max(values) / 1e4), max(values), short, label="KL, nats"),
@@ -131,14 +132,9 @@ def short(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def _chart(
-    names: Mapping[str, str],
-    curves: Sequence[tuple[Content, Sequence[tuple[float, float]]]],
-    x: Axis,
-    y: Axis,
-    title: str,
-) -> Markup:
-    lines, descriptions = [], []
+def _chart(evaluation: Content, curves: Sequence[tuple[Content, Points]], x: Axis, y: Axis, title: str) -> Markup:
+    """A line for each model, named at its end."""
+    names, lines, descriptions = labels(evaluation), [], []
     for model, places in curves:
         kind: Literal["main", "other"] = "main" if model["role"] == "candidate" else "other"
         lines.append(Line(places, names[model["name"]], kind))

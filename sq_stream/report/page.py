@@ -30,10 +30,5 @@ def render(content: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= FILTERS
-    environment.globals |= {
-        "charts": quantization,
-        "scores": evaluation,
-        "percent": percent,
-        "significant": significant,
-    }
+    environment.globals |= {"charts": quantization, "scores": evaluation, **FILTERS}
     return environment.get_template("page.html").render(content)
