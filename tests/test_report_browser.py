@@ -36,7 +36,7 @@ PROBE = """<!doctype html>
 
 
 def chromium(*arguments: object) -> str:
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
     command = [str(CHROMIUM), *options, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
@@ -69,6 +69,13 @@ def test_a_phone_shows_all_of_it_legibly(scheme: str, tmp_path: Path) -> None:
     assert (contrast(found["paper"], "rgb(0, 0, 0)") > 10) == (scheme == "light")
     for name in ("ink", "muted", "label", "small"):
         assert contrast(found[name], found["paper"]) >= 4.5, name
+
+
+def test_what_overflows_is_found(tmp_path: Path) -> None:
+    page = render(evaluated()).replace("</header>", '<p style="width: 400px">wide</p></header>')
+    found = probe(page, tmp_path)
+    assert found["width"] > 390
+    assert found["outside"]
 
 
 def test_it_prints_and_paints(tmp_path: Path) -> None:

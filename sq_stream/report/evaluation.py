@@ -106,11 +106,11 @@ def quantile_chart(evaluation: Content, suite: Content) -> Markup | None:
     values = [kl for _, places in curves for _, kl in places]
     if not values:
         return None
-    ticks = tuple((-math.log10(1 - share), f"{100 * share:g}%") for share in SHARES)
+    ticks = tuple((-math.log10(1 - share), f"{100 * share:g}%") for share in SHARES if -math.log10(1 - share) <= end)
     return _chart(
         evaluation,
         curves,
-        Axis(0, ticks[-1][0], ticks, "tokens with a smaller KL"),
+        Axis(0, end, ticks, "tokens with a smaller KL"),
         log_axis(max(min(values), max(values) / 1e4), max(values), short, label="KL, nats"),
         "Distribution of token KL",
     )
