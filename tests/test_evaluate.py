@@ -215,7 +215,7 @@ class TestRefusals:
             ({"windows": 0}, UsageError, "--windows 0"),
             ({"baselines": ["no.gguf"]}, BadInputError, "no.gguf does not exist"),
             ({"baselines": ["rtn", "rtn"]}, UsageError, "rtn is named twice"),
-            ({"max_ram": "300M"}, DoesNotFitError, "the smallest that works is --max-ram"),
+            ({"max_ram": "100M"}, DoesNotFitError, "the smallest that works is --max-ram"),
             ({"threads": 100_000}, UsageError, "--threads 100000"),
         ],
     )

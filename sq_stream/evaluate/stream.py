@@ -74,10 +74,11 @@ def score(
         for i, model in enumerate(models):
             last.append(Residuals(folder / str(i), batches.tokens, model.reader, model.decoder))
             _run_layers(model, last[-1], budget, workers, progress)
-        parts: dict[str, list[Comparison]] = {suite.name: [] for suite in suites}
-        for batch, comparison in enumerate(_compare_heads(models, last, workers, progress)):
-            parts[batches.suites[batch]].append(comparison)
-    return {name: _token_scores(models, own) for name, own in parts.items()}
+        parts: dict[str, list[list[TokenScores]]] = {suite.name: [] for suite in suites}
+        for name, comparison in zip(batches.suites, _compare_heads(models, last, workers, progress), strict=True):
+            parts[name].append([_token_scores(model, comparison, m) for m, model in enumerate(models)])
+    names = [model.info.name for model in models]
+    return {suite: dict(zip(names, map(_joined, zip(*own, strict=True)), strict=True)) for suite, own in parts.items()}
 
 
 def _run_layers(model: Model, residuals: Residuals, budget: Budget, workers: Workers, progress: _Steps) -> None:
@@ -148,24 +149,27 @@ def _compare(
     return Comparison.joined(parts, tokens.shape)
 
 
-def _token_scores(models: Sequence[Model], parts: Sequence[Comparison]) -> dict[str, TokenScores]:
-    """Of one suite, by model.
+def _token_scores(model: Model, comparison: Comparison, m: int) -> TokenScores:
+    """Of the m-th model on one batch.
 
     Raises:
-        BadInputError: predictions are not finite.
+        BadInputError: its predictions are not finite.
     """
-    scores = {}
-    for m, model in enumerate(models):
-        loss = np.concatenate([part.loss(m) for part in parts])[:, :-1]
-        kl = np.concatenate([part.kl(m) for part in parts])
-        if not (np.isfinite(loss).all() and np.isfinite(kl).all()):
-            raise BadInputError(
-                f"{model.info.path}: its predictions are not finite: the weights are damaged, or too large for float32"
-            )
-        best = np.concatenate([part.best[m] == part.best[0] for part in parts])
-        reference_loss = np.concatenate([part.loss(0) for part in parts])[:, :-1]
-        scores[model.info.name] = TokenScores(loss, kl, best, np.exp(-loss) - np.exp(-reference_loss))
-    return scores
+    loss, reference_loss, kl = comparison.loss(m)[:, :-1], comparison.loss(0)[:, :-1], comparison.kl(m)
+    if not (np.isfinite(loss).all() and np.isfinite(kl).all()):
+        raise BadInputError(
+            f"{model.info.path}: its predictions are not finite: the weights are damaged, or too large for float32"
+        )
+    agrees = comparison.best[m] == comparison.best[0]
+    return TokenScores(loss, kl, agrees, np.exp(-loss) - np.exp(-reference_loss))
+
+
+def _joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """Scores of successive windows as one."""
+    loss, kl, agrees, dp = (
+        np.concatenate(arrays) for arrays in zip(*((p.loss, p.kl, p.agrees, p.dp) for p in parts), strict=True)
+    )
+    return TokenScores(loss, kl, agrees, dp)
 
 
 class _Steps:
