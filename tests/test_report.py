@@ -15,11 +15,13 @@ import jsonschema
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from evaluations import evaluation
 
 from sq_stream import api
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.spectrum import COUNTS, leading_energy
+from sq_stream.cli import cli
 from sq_stream.demo import model_folder
 from sq_stream.errors import StorageError
 from sq_stream.evaluate.settings import parse_settings
@@ -133,6 +135,20 @@ def test_a_job_without_statistics_has_errors_of_weights(tmp_path: Path) -> None:
     assert "--effort balanced" in (tmp_path / "x.html").read_text()
 
 
+def test_a_job_with_an_importance_matrix_has_errors_weighted_by_it(cache: Path, tmp_path: Path) -> None:
+    text = {key: FEW[key] for key in ("ctx", "windows")}
+    api.calibrate(MODEL, imatrix_out=tmp_path / "imatrix.gguf", cache=cache, **text)
+    given = {**FEW, "imatrix": tmp_path / "imatrix.gguf", "report": [tmp_path / "x.json", tmp_path / "x.html"]}
+    api.quantize(MODEL, tmp_path / "x.gguf", **given)
+    report = json.loads((tmp_path / "x.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    errors = measured(report)
+    assert {error["basis"] for error in errors.values()} == {"importance"}
+    assert all(errors[name]["stored"] < errors[name]["plain"] for name in SHAPED)
+    assert report["quantization"]["inputs"]["sites"] == []
+    assert "as far as an importance matrix tells" in (tmp_path / "x.html").read_text()
+
+
 @pytest.mark.parametrize(("first", "stage"), [(True, "encode"), (False, "encode"), (True, "measure")])
 def test_a_resumed_job_has_all_errors(
     first: bool,
@@ -173,6 +189,20 @@ def test_a_report_that_cannot_be_written_loses_nothing(
     quantize(output, on_event=lambda e: encoded.append(e) if isinstance(e, TensorFinished) else None)
     assert output.exists()
     assert not encoded
+
+
+def test_eval_writes_its_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sq_stream.evaluate.run.run", lambda settings, on_event: evaluation())
+    command = ["eval", "a.gguf", "--ref", "models/x", "--baseline", "rtn", "--max-ram", "512M"]
+    reports = ["--report", str(tmp_path / "e.html"), "--report", str(tmp_path / "e.json")]
+    result = CliRunner().invoke(cli, [*command, *reports])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "e.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["evaluation"] == json.loads(json.dumps(asdict(evaluation())))
+    expected = "sq-stream eval a.gguf --ref models/x --baseline rtn --max-ram 536870912 --threads"
+    assert report["reproduce"]["command"].startswith(expected)
+    assert (tmp_path / "e.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("smoothed", [True, False])
