@@ -31,7 +31,7 @@ class Timeline:
     """What a run took: `samples` are (seconds since the start, resident bytes), the largest of each span of time."""
 
     seconds: float
-    peak_ram: int  # bytes, as the kernel counts it
+    peak_ram: int  # bytes, as the kernel counts it, which may lag a little behind the samples
     stages: tuple[Stage, ...]
     samples: tuple[tuple[float, int], ...]
 
@@ -65,7 +65,7 @@ class Recorder:
             Stage(name, start, end, max((ram for at, ram in samples if start <= at <= end), default=0))
             for (name, start), end in zip(self._stages, ends, strict=True)
         )
-        return Timeline(now, peak_ram(), stages, samples)
+        return Timeline(now, max([peak_ram(), *(ram for _, ram in samples)]), stages, samples)
 
     def _now(self) -> float:
         return time.monotonic() - self._start
