@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream.models.forward import Decoder, head_name, layer_names
-from sq_stream.models.layers import Array, ObserveGradients, Weights, linear, tiles, with_prefix
+from sq_stream.models.layers import Array, ObserveGradients, Weights, linear, linear_vjp, tiles, with_prefix
 
 _BELOW_ONE = 1 - 2.0**-40
 
@@ -46,14 +46,15 @@ def sampled_loss_vjp(
     tile, rest = _choose(shares, u)
     labels, dx = np.empty(len(rows), np.int64), np.zeros_like(rows)
     for i, part in enumerate(parts):
-        logits = decoder.cap(linear(rows, weight[part]))
+        matrix = weight[part]
+        logits = decoder.cap(linear(rows, matrix))
         d_logits = np.exp(logits - log_total)
         own = np.flatnonzero(tile == i)
         within, _ = _choose(d_logits[own], rest[own])
         labels[own] = part.start + within
         d_logits[own, within] -= 1
         d_logits *= decoder.cap_slope(logits)
-        dx += d_logits @ weight[part]
+        dx += linear_vjp(d_logits, matrix)
     return labels.reshape(uniform.shape), dx.reshape(x.shape)
 
 

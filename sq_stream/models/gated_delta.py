@@ -160,7 +160,8 @@ def _unit_vjp(dy: Array, x: Array) -> Array:
     """Gradient of x [..., n] from that of its `_unit`."""
     length = _length(x)
     unit = x / length
-    dx: Array = (dy - unit * _sum(unit * dy)) / length
+    dx = dy - unit * _sum(unit * dy)
+    dx /= length
     return dx
 
 

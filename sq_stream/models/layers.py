@@ -40,7 +40,7 @@ _GELU = ((2 / math.pi) ** 0.5, 0.044715)
 
 def apply_linears(x: Array, weights: Weights, site: Site, observe: Observe | None) -> list[Array]:
     """Outputs [..., n_tok, n_out] of every linear of `site`, with its bias, for activations x [..., n_tok, n_in]."""
-    if observe:
+    if observe is not None:
         observe(site, x)
     return [linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in site]
 
@@ -49,7 +49,7 @@ def apply_linears_vjp(
     dys: Sequence[Array], x: Array, weights: Weights, site: Site, observe: ObserveGradients | None
 ) -> Array:
     """Gradient [..., n_tok, n_in] of x, from those of the outputs [..., n_tok, n_out] of every linear of `site`."""
-    if observe:
+    if observe is not None:
         observe(site, x, dys)
     dx = linear_vjp(dys[0], weights[f"{site[0]}.weight"])
     for dy, name in zip(dys[1:], site[1:], strict=True):
@@ -107,7 +107,7 @@ def rms_norm_vjp(
     """Gradient of x [..., n] from that of its `rms_norm` by the weight of `name`, which is observed as a site."""
     length = _root_mean_square(x, eps)
     unit = x / length
-    if observe:
+    if observe is not None:
         observe((name,), unit, [dy])
     dx: Array = dy * weights[f"{name}.weight"]
     dx -= unit * (np.einsum("...i,...i->...", unit, dx)[..., None] / x.shape[-1])
