@@ -94,7 +94,7 @@ class LayerReader:
     def layer(self, i: int, *, resident: bool) -> dict[str, Any]:
         """Layer i's tensors by name without `blk.N.`: all in memory, or large matrices as `RowsOnDisk`."""
         return {
-            short: self.read(name) if resident or not is_large(self._tensors[name].shape) else self._on_disk(name)
+            short: self.read(name) if resident or not is_large(self._tensors[name].shape) else self.matrix(name)
             for short, name in layer_names(self._tensors, i).items()
         }
 
@@ -107,7 +107,8 @@ class LayerReader:
         rows: Array = x[place.reshape(numbers.shape)]
         return rows
 
-    def _on_disk(self, name: str) -> RowsOnDisk:
+    def matrix(self, name: str) -> RowsOnDisk:
+        """A matrix that is read whenever rows of it are asked for."""
         return RowsOnDisk(self._tensors[name], self._checkpoint)
 
 

@@ -87,6 +87,11 @@ def tiles(n_rows: int, n_in: int, n_values: int = TILE_WEIGHTS) -> Iterator[slic
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
+def is_norm(name: str) -> bool:
+    """Whether a site shown to `ObserveGradients` is a norm."""
+    return name.endswith("norm")
+
+
 def with_prefix(observe: Callable[..., None] | None, prefix: str) -> Callable[..., None] | None:
     """`observe`, given sites whose linears have `prefix` before their names."""
     if observe is None:
