@@ -67,8 +67,8 @@ def torch_gradients(
         if tensor.name == "rope_freqs.weight":  # float32 in the file, which counts at late positions
             rotary = model.get_decoder().rotary_emb
             n = 2 * tensor.values.size
-            base = torch.tensor(model.config.rope_parameters["rope_theta"]) ** (-torch.arange(0, n, 2) / n)
-            rotary.inv_freq = base / torch.from_numpy(tensor.values)
+            frequencies = model.config.rope_parameters["rope_theta"] ** (-np.arange(0, n, 2) / n)
+            rotary.inv_freq = torch.from_numpy(frequencies / tensor.values)
     entering = []
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0") and "vis" not in name)
     layer.register_forward_pre_hook(

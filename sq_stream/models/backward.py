@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sq_stream.models.forward import Decoder, head_name, layer_names
 from sq_stream.models.layers import Array, ObserveGradients, Weights, linear, linear_vjp, tiles, with_prefix
 
+_BLOCK_TOKENS = 256  # of which a tile of logits is computed at a time
 _BELOW_ONE = 1 - 2.0**-40
 
 
@@ -38,23 +39,27 @@ def sampled_loss_vjp(
     Returns:
         Labels [..., n_tok], gradient [..., n_tok, d_model].
     """
-    rows, u = x.reshape(-1, x.shape[-1]), uniform.reshape(-1)
-    parts = list(tiles(*weight.shape))
-    logs = np.stack([_log_sum_exp(decoder.cap(linear(rows, weight[part]))) for part in parts], axis=1)
+    rows, parts = x.reshape(-1, x.shape[-1]), list(tiles(*weight.shape))
+    blocks = list(tiles(len(rows), 1, _BLOCK_TOKENS))
+    logs = np.empty((len(rows), len(parts)), rows.dtype)
+    for i, part in enumerate(parts):
+        matrix = weight[part]
+        for block in blocks:
+            logs[block, i] = _log_sum_exp(decoder.cap(linear(rows[block], matrix)))
     log_total = _log_sum_exp(logs)[:, None]
-    shares = np.exp(logs - log_total)  # of the tiles, [n_tok, n_tile]
-    tile, rest = _choose(shares, u)
+    tile, rest = _choose(np.exp(logs - log_total), uniform.reshape(-1))
     labels, dx = np.empty(len(rows), np.int64), np.zeros_like(rows)
     for i, part in enumerate(parts):
         matrix = weight[part]
-        logits = decoder.cap(linear(rows, matrix))
-        d_logits = np.exp(logits - log_total)
-        own = np.flatnonzero(tile == i)
-        within, _ = _choose(d_logits[own], rest[own])
-        labels[own] = part.start + within
-        d_logits[own, within] -= 1
-        d_logits *= decoder.cap_slope(logits)
-        dx += linear_vjp(d_logits, matrix)
+        for block in blocks:
+            logits = decoder.cap(linear(rows[block], matrix))
+            d_logits = np.exp(logits - log_total[block])
+            own = np.flatnonzero(tile[block] == i)
+            within, _ = _choose(d_logits[own], rest[block][own])
+            labels[block][own] = part.start + within
+            d_logits[own, within] -= 1
+            d_logits *= decoder.cap_slope(logits)
+            dx[block] += linear_vjp(d_logits, matrix)
     return labels.reshape(uniform.shape), dx.reshape(x.shape)
 
 
