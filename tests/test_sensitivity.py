@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tiny_models
 from calibrations import BATCH_TOKENS, OPTIONS, WINDOWS, assert_same_bits
-from gguf_files import describe
 
 from sq_stream.calibrate import budget as budgets
 from sq_stream.calibrate import calibration, weights
@@ -15,7 +14,6 @@ from sq_stream.calibrate.sensitivity import plan_sensitivity
 from sq_stream.calibrate.store import Store
 from sq_stream.errors import DoesNotFitError
 from sq_stream.events import Note, Progress
-from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.backward import backward, draw
 from sq_stream.models.forward import find_decoder
 from sq_stream.models.layers import is_norm
@@ -26,21 +24,6 @@ NAMES = [name for name, model in tiny_models.MODELS.items() if not model.mtp]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(budgets, "BATCH_TOKENS", BATCH_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def open_model(tmp_path_factory):
-    """Tiny models by name, as (checkpoint, spec)."""
-    opened = {}
-
-    def open_(name):
-        if name not in opened:
-            opened[name] = Checkpoint.open(tiny_models.write(name, tmp_path_factory.mktemp("tiny") / name))
-        return opened[name], describe(opened[name])
-
-    yield open_
-    for checkpoint in opened.values():
-        checkpoint.close()
 
 
 def run(model, folder, on_event=lambda event: None, **options):
