@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import tiny_models
 from calibrations import BATCH_TOKENS, OPTIONS, WINDOWS, assert_same_bits
+from gguf_files import describe
 
 from sq_stream.calibrate import budget as budgets
 from sq_stream.calibrate import calibration, weights
 from sq_stream.calibrate.backward import robust
 from sq_stream.calibrate.sensitivity import plan_sensitivity
 from sq_stream.calibrate.store import Store
-from sq_stream.errors import DoesNotFitError
+from sq_stream.errors import BadInputError, DoesNotFitError
 from sq_stream.events import Note, Progress
+from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models.backward import backward, draw
 from sq_stream.models.forward import find_decoder
 from sq_stream.models.layers import is_norm
@@ -129,6 +131,15 @@ def test_another_seed_draws_other_labels(open_model, tmp_path):
 def test_a_pass_that_does_not_fit_is_refused(open_model, tmp_path):
     with pytest.raises(DoesNotFitError, match="smallest that works"):
         run(open_model("llama"), tmp_path, max_ram=2**20)
+
+
+def test_gradients_that_are_not_finite_are_refused(tmp_path):
+    config, tensors = tiny_models.make("smollm2")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e38
+    folder = tiny_models.write_checkpoint(tmp_path / "model", config, tensors, "float32")
+    words = r"gradients of what comes from blk.1.ffn_down.weight are not finite"
+    with Checkpoint.open(folder) as checkpoint, pytest.raises(BadInputError, match=words):
+        run((checkpoint, describe(checkpoint)), tmp_path / "cache")
 
 
 def test_rare_large_gradients_count_little():

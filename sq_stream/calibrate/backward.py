@@ -165,4 +165,5 @@ def _layer(residuals: Residuals, gradients: Stream, layer: Layer, i: int, budget
             add(EMBEDDING, robust(decoder.embed(dx).reshape(-1, dx.shape[-1])))
 
     sites: dict[Site, int] = {site if site == EMBEDDING else (prefix + site[0],): width for site, width in layer.sites}
-    return Step(f"layer {i + 1} of {decoder.n_layer}, backward", sites, compute)
+    name = f"layer {i + 1} of {decoder.n_layer}, backward"
+    return Step(name, sites, compute, "the gradients of what comes from")

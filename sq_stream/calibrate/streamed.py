@@ -98,9 +98,16 @@ class Residuals(Stream):
 class Step:
     """One layer, or what comes after the last one, over all windows, with the second moments of its sites."""
 
-    def __init__(self, name: str, sites: Mapping[Site, int], compute: Callable[[int, Add], None]) -> None:
-        """`compute` does the work of the batch whose number it is given; `sites` have vectors of the widths given."""
+    def __init__(
+        self,
+        name: str,
+        sites: Mapping[Site, int],
+        compute: Callable[[int, Add], None],
+        vectors: str = "the activations that enter",
+    ) -> None:
+        """`compute` does the work of the batch whose number it is given; `sites` have `vectors` of the widths given."""
         self.name = name
+        self._vectors = vectors
         self._sites = sites
         self._compute = compute
         self._moments: dict[Site, Moment] = {}
@@ -134,8 +141,8 @@ class Step:
                 return self._moments.pop(site).finish(energy)
             except FloatingPointError:
                 raise BadInputError(
-                    f"the activations that enter {site[0]}.weight are not finite: the weights are damaged, or they "
-                    "are too large for float32"
+                    f"{self._vectors} {site[0]}.weight are not finite: the weights are damaged, or they are too large "
+                    "for float32"
                 ) from None
 
         return dict(zip(self._sites, workers.map(finish_site, self._sites), strict=True))
