@@ -82,8 +82,7 @@ def run_backward(
                 tokens = windows.size * (number + done / len(batches)) / n_steps(decoder)
                 on_event(Progress(STAGE, step.name, int(tokens), windows.size))
             entry.finish_step(step.finish(energy, workers))
-    residuals.remove()
-    gradients.remove()
+    entry.remove_pass()
 
 
 def measure_backward(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[Layer]:

@@ -60,7 +60,7 @@ def run_forward(
                 tokens = windows.size * (i + done / n_batches) / n_steps
                 on_event(Progress(STAGE, step.name, int(tokens), windows.size))
             entry.finish_step(step.finish(energy, workers))
-    residuals.remove()
+    entry.remove_pass()
 
 
 def _layer(residuals: Residuals, layer: Layer, i: int, budget: Budget) -> Step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -69,11 +68,6 @@ class Stream:
             for path in self._folder.glob("*.zst"):
                 if int(path.name.split("-")[0]) not in layers:
                     path.unlink()
-
-    def remove(self) -> None:
-        """Delete everything: the pass is done."""
-        with storage_errors("deleting", self._folder):
-            shutil.rmtree(self._folder)
 
     def _path(self, layer: int, batch: int) -> Path:
         return self._folder / f"{layer}-{batch:06d}.zst"
