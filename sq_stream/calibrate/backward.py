@@ -138,7 +138,7 @@ def _forward(residuals: Residuals, i: int, budget: Budget) -> Step:
 
 def _head(residuals: Residuals, gradients: Stream, seed: int) -> Step:
     decoder, reader = residuals.decoder, residuals.reader
-    matrix = reader.matrix(f"{head_name(reader.names)}.weight")
+    matrix = reader.on_disk(f"{head_name(reader.names)}.weight")
     weights = {"output_norm.weight": reader.read("output_norm.weight")}
     n = len(residuals.batches[0])
 

@@ -178,19 +178,32 @@ def _peak(
     n_input: int,
 ) -> int:
     """Resident bytes at the peak of the worst layer."""
-    chunk = 4 * batch_tokens * n_embd  # of the residual stream; three times while it is read or written
-    tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
+    chunk = 4 * batch_tokens * n_embd
     worst = 0
     for layer in layers:
         moments = [_needs(width, ranks, batch_tokens) for _, width in layer.sites]
         weights = 4 * (layer.weights if resident else layer.small_weights)
         sums = sum(moment.resident for moment in moments)
-        observing = max((own + m.adding for own, m in zip(layer.observing, moments, strict=True)), default=0)
-        activations = max(layer.activations + tile, observing, 2 * chunk) + n_input * chunk
-        computing = activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
+        observing = max((own + moment.adding for own, moment in zip(layer.observing, moments, strict=True)), default=0)
+        computing = computing_bytes(layer, chunk, resident, observing, n_input)
         finishing = sum(sorted(moment.finishing for moment in moments)[-threads:])
         worst = max(worst, weights + sums + max(threads * computing, finishing))
     return FIXED_BYTES + worst
+
+
+def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0, n_input: int = 1) -> int:
+    """Resident bytes of one thread at work on a batch.
+
+    Args:
+        layer: what it computes.
+        chunk: bytes of the batch's residual stream, which is there three times while it is read or written.
+        resident: the layer's weights are in memory; else they are read tile by tile.
+        observing: bytes of activations, at the peak of what looks at them.
+        n_input: chunks that it starts from.
+    """
+    tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
+    activations = max(layer.activations + tile, observing, 2 * chunk) + n_input * chunk
+    return activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
 
 
 def _needs(width: int, ranks: Mapping[int, int], n: int) -> Needs:
