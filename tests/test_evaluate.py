@@ -154,6 +154,13 @@ def test_the_references_own_weights_lose_nothing(scored: Evaluation) -> None:
             assert not own.fits
 
 
+def test_a_folder_is_evaluated_too(evaluate: Callable[..., Evaluation]) -> None:
+    found = evaluate(MODEL, suites=["general"], windows=1)
+    assert [m.name for m in found.models] == ["model", str(MODEL)]
+    assert found.models[1].bits_per_weight == 16
+    assert found.suites[0].score(str(MODEL)).mean_kl.value == 0
+
+
 def test_rtn_is_what_fast_writes_and_nothing_of_it_is_recovered(scored: Evaluation) -> None:
     suite = scored.suites[0]
     fast, rtn = suite.score("fast"), suite.score("rtn of fast")

@@ -10,7 +10,7 @@ import numpy as np
 
 from sq_stream.calibrate.budget import windows_per_batch
 from sq_stream.calibrate.documents import Ids
-from sq_stream.calibrate.forward import Residuals
+from sq_stream.calibrate.streamed import Residuals
 from sq_stream.calibrate.weights import RowsOnDisk, is_large
 from sq_stream.errors import BadInputError
 from sq_stream.evaluate.budget import Budget, vocabulary_tile
@@ -85,7 +85,7 @@ def _run_layers(model: Model, residuals: Residuals, budget: Budget, workers: Wor
     """Leave what enters the final norm in `residuals`, and nothing else."""
     n_layer = model.decoder.n_layer
     for i in range(n_layer):
-        residuals.keep_only(i)
+        residuals.keep_only([i])
         if model.rounded is not None:
             shapes = model.reader.shapes(i)
             large = [name for short, name in layer_names(model.reader.names, i).items() if is_large(shapes[short])]
@@ -98,7 +98,7 @@ def _run_layers(model: Model, residuals: Residuals, budget: Budget, workers: Wor
 
         for batch, _ in enumerate(workers.stream(run_batch, range(len(residuals.batches)))):
             progress.step(f"{model.info.name}: layer {i + 1} of {n_layer}", batch)
-    residuals.keep_only(n_layer)
+    residuals.keep_only([n_layer])
     if model.rounded is not None:
         model.rounded.keep([model.head])
 
