@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sq_stream.calibrate.imatrix import export_imatrix
 from sq_stream.errors import BadInputError, UsageError
+from sq_stream.evaluate.results import Evaluation
 from sq_stream.events import Finished, Note, OnEvent, ignore
 from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, check_place, make_plan
@@ -25,15 +27,19 @@ from sq_stream.units import parse_size
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from sq_stream.evaluate.settings import Options as EvaluateOptions
+
 PathLike = str | os.PathLike[str]
 
 __all__ = [
     "CheckpointSummary",
+    "Evaluation",
     "Finished",
     "GGUFSummary",
     "Plan",
     "TensorCheck",
     "calibrate",
+    "evaluate",
     "inspect",
     "plan",
     "quantize",
@@ -100,6 +106,33 @@ def calibrate(
             n_windows, n_ctx = job.calibration.windows.shape
             datasets = [str(path) for path in job.settings.calib] or ["sq-stream calib360"]
             export_imatrix(Path(imatrix_out), sketches, n_windows=n_windows, n_ctx=n_ctx, datasets=datasets)
+
+
+def evaluate(
+    files: PathLike | Sequence[PathLike],
+    ref: PathLike,
+    *,
+    on_event: OnEvent = ignore,
+    **options: Unpack[EvaluateOptions],
+) -> Evaluation:
+    """Compare the predictions of GGUF files, or of checkpoints, with those of the checkpoint they were made from.
+
+    >>> api.evaluate("x.gguf", "models/x", baselines=["rtn", "other.gguf"], suites=["general"])  # doctest: +SKIP
+
+    Args:
+        files: GGUF files or folders of checkpoints.
+        ref: folder of the reference.
+        on_event: as for `quantize`.
+        options: the command line's, all listed in `sq_stream.evaluate.settings.Settings`.
+
+    Raises:
+        SqStreamError: it cannot be done or was stopped; nothing is left behind.
+    """
+    from sq_stream.evaluate.run import run as run_evaluation
+    from sq_stream.evaluate.settings import parse_settings as parse_evaluation
+
+    several = [files] if isinstance(files, str | os.PathLike) else files
+    return run_evaluation(parse_evaluation(several, ref, **options), on_event)
 
 
 def verify(

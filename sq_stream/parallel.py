@@ -20,9 +20,10 @@ SLAB = 128  # rows of a matrix product that one thread computes at a time
 class Workers:
     """A pool of threads; while it is open, BLAS itself uses one thread."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, begin: Callable[[], None] | None = None) -> None:
+        """`n_threads` threads, in each of which `begin` is called first."""
         self._limits = threadpool_limits(1, user_api="blas")
-        self._pool = ThreadPoolExecutor(n_threads)
+        self._pool = ThreadPoolExecutor(n_threads, initializer=begin)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Results of `function` for all items, in their order."""

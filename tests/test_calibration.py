@@ -28,23 +28,6 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(budgets, "BATCH_TOKENS", BATCH_TOKENS)
 
 
-@pytest.fixture(scope="module")
-def open_model(tmp_path_factory):
-    """Tiny models by name, as (checkpoint, spec)."""
-    opened = {}
-
-    def open_(name):
-        if name not in opened:
-            folder = tiny_models.write(name, tmp_path_factory.mktemp("tiny") / name)
-            checkpoint = Checkpoint.open(folder)
-            opened[name] = checkpoint, describe(checkpoint, mtp=tiny_models.MODELS[name].mtp)
-        return opened[name]
-
-    yield open_
-    for checkpoint, _ in opened.values():
-        checkpoint.close()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_sketches_are_the_moments_of_a_pass_in_memory(open_model, tmp_path, name):
     checkpoint, spec = open_model(name)

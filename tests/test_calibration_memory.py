@@ -20,18 +20,19 @@ import sys
 from pathlib import Path
 import numpy as np
 from sq_stream.calibrate.calibration import plan_calibration
+from sq_stream.calibrate.sensitivity import plan_sensitivity
 from sq_stream.calibrate.store import Store
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.models import find
 
-folder, cache, max_ram = sys.argv[1:]
+folder, cache, max_ram, n_windows, plan = sys.argv[1:]
 with Checkpoint.open(Path(folder)) as checkpoint:
     spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes)
     n_vocab = next(t.n_rows for t in spec.tensors if t.name == "token_embd.weight")
-    windows = np.random.RandomState(0).randint(0, n_vocab, (24, 512)).astype(np.int32)
-    planned = plan_calibration(checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2)
+    windows = np.random.RandomState(0).randint(0, n_vocab, (int(n_windows), 512)).astype(np.int32)
+    planned = globals()[plan](checkpoint, spec, windows, Store(Path(cache)), max_ram=int(max_ram), threads=2)
     with planned.run() as sketches:
-        assert not sketches.unseen
+        assert len(sketches.unseen) <= (plan == "plan_sensitivity")  # an untied output matrix
 """
 
 pytestmark = [
@@ -43,8 +44,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("max_ram", [600 * 2**20, 2**30], ids=["600M", "1G"])
-def test_calibration_keeps_to_its_memory(model: Path, max_ram: int, tmp_path: Path) -> None:
-    run = run_measured([sys.executable, "-c", CALIBRATE, str(model), str(tmp_path), str(max_ram)])
+@pytest.mark.parametrize(("plan", "n_windows"), [("plan_calibration", 24), ("plan_sensitivity", 8)])
+def test_a_pass_keeps_to_its_memory(model: Path, plan: str, n_windows: int, max_ram: int, tmp_path: Path) -> None:
+    run = run_measured([sys.executable, "-c", CALIBRATE, str(model), str(tmp_path), str(max_ram), str(n_windows), plan])
     assert run.exit_code == 0, run.log
     assert run.peak_bytes <= max_ram, f"peak of {run.peak_bytes / 2**20:.1f} MiB"
 

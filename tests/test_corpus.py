@@ -13,9 +13,9 @@ import pytest
 import zstandard
 from vocabularies import folder_of, n_vocab_of
 
-from sq_stream.calibrate import corpus as corpora
-from sq_stream.calibrate.corpus import MAX_REPEATED, MIX, PARTS, SHINGLE, WINDOWS, Corpus, bos_id, build_corpus
+from sq_stream.calibrate.corpus import MAX_REPEATED, MIX, PARTS, WINDOWS, Corpus, bos_id, build_corpus
 from sq_stream.calibrate.documents import GIVEN, MAX_FILE, Document, packaged, read_files, split
+from sq_stream.calibrate.shingles import SHINGLE, shingles
 from sq_stream.errors import BadInputError, StorageError, UsageError
 from sq_stream.formats.metadata import boolean, u32
 from sq_stream.text.encode import Tokenizer
@@ -339,7 +339,7 @@ def test_the_wheel_holds_text_and_licences(tmp_path: Path) -> None:
 def test_shingles_tell_windows_apart() -> None:
     tokens = np.random.default_rng(0).integers(0, 50_000, (3, 100)).astype(np.int32)
     tokens[2, 10:80] = tokens[0, 20:90]
-    hashes = corpora._shingles(tokens)
+    hashes = shingles(tokens)
     assert hashes.shape == (3, 100 - SHINGLE + 1)
     assert np.array_equal(hashes[2, 10 : 80 - SHINGLE + 1], hashes[0, 20 : 90 - SHINGLE + 1])
     assert not np.isin(hashes[1], hashes[0]).any()

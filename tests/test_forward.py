@@ -96,20 +96,10 @@ def test_a_layer_leaves_its_input_as_it_was(model):
 def test_matrices_in_tiles_give_the_same_bits(model, monkeypatch):
     """What is read from a file tile by tile is multiplied as what is in memory."""
     _, decoder, weights, _ = model
-
-    class Tiled:
-        def __init__(self, matrix):
-            self.shape = matrix.shape
-            self.matrix = matrix
-
-        def __getitem__(self, rows):
-            return self.matrix[rows].copy()
-
     monkeypatch.setattr(layers.tiles, "__defaults__", (2**13,))
     x = np.random.RandomState(0).standard_normal((9, weights["output_norm.weight"].size)).astype(np.float32)
     own = {short: weights[name] for short, name in layer_names(weights, 0).items()}
-    tiled = {name: Tiled(w) if w.ndim == 2 and "conv" not in name else w for name, w in own.items()}
-    np.testing.assert_array_equal(decoder.layer(x, own, 0), decoder.layer(x, tiled, 0))
+    np.testing.assert_array_equal(decoder.layer(x, own, 0), decoder.layer(x, tiny_models.tiled(own), 0))
 
 
 def test_unknown_architectures_are_refused():

@@ -393,3 +393,19 @@ def golden_logits(name: str) -> NDArray[np.float32]:
     """Logits of transformers in float32 for TOKENS: [n_token, n_vocab]."""
     with np.load(GOLDEN / "logits.npz") as file:
         return file[MODELS[name].seed or name]
+
+
+class Tiled:
+    """A matrix of which only rows can be had, as of one that is read from a file."""
+
+    def __init__(self, matrix: NDArray[Any]) -> None:
+        self.shape = matrix.shape
+        self._matrix = matrix
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        return self._matrix[rows].copy()
+
+
+def tiled(weights: Weights) -> dict[str, Any]:
+    """The tensors of a layer by GGUF name, with matrices `Tiled`."""
+    return {name: Tiled(w) if w.ndim == 2 and "conv" not in name else w for name, w in weights.items()}

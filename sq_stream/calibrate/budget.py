@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.sketch import PANEL
 from sq_stream.calibrate.weights import LayerReader, is_large, zeros
 from sq_stream.models.forward import Decoder
-from sq_stream.models.layers import TILE_WEIGHTS, Array, Site
+from sq_stream.models.layers import TILE_WEIGHTS, Array, Observe, Site
 from sq_stream.parallel import Workers
 
 MIB = 2**20
@@ -54,7 +55,11 @@ class Budget:
         return SketchedMoment(n_in, self.ranks[n_in], order) if n_in in self.ranks else ExactMoment(n_in, order)
 
 
-def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[Layer]:
+Run = Callable[[Decoder, Array, Mapping[str, Any], int, Observe], object]
+"""Runs layer i of a decoder on an input and weights, showing what enters the sites."""
+
+
+def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int, run: Run = Decoder.layer) -> list[Layer]:
     """Every layer's needs with windows of `n_ctx` tokens, in order; layers with the same tensors are measured once."""
     known: dict[object, Layer] = {}
     layers = []
@@ -63,45 +68,67 @@ def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[La
             shapes = reader.shapes(i)
             key = tuple(shapes.items())
             if key not in known:
-                known[key] = _measure(decoder, i, shapes, (windows_per_batch(n_ctx), n_ctx))
+                known[key] = _measure(decoder, i, shapes, (windows_per_batch(n_ctx), n_ctx), run)
             layers.append(known[key])
     return layers
 
 
-def _measure(decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]], windows: tuple[int, int]) -> Layer:
+def _measure(
+    decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]], windows: tuple[int, int], run: Run
+) -> Layer:
     weights = zeros(shapes)
     x = np.zeros((*windows, shapes["attn_norm.weight"][0]), np.float32)
     sites: dict[Site, int] = {}
     observing: list[int] = []
+    with Tracing() as tracing:
 
-    def allocated() -> int:
-        return tracemalloc.get_traced_memory()[0]
+        def observe(site: Site, x: Array) -> None:
+            sites[site] = x.shape[-1]
+            observing.append(tracing.allocated())
 
-    def observe(site: Site, x: Array) -> None:
-        sites[site] = x.shape[-1]
-        observing.append(allocated() - before)
-
-    already_tracing = tracemalloc.is_tracing()
-    tracemalloc.start()
-    tracemalloc.reset_peak()
-    before = allocated()
-    with np.errstate(all="ignore"):  # zeros are no sensible weights
-        decoder.layer(x, weights, i, observe)
-    activations = tracemalloc.get_traced_memory()[1] - before
-    if not already_tracing:
-        tracemalloc.stop()
+        run(decoder, x, weights, i, observe)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     return Layer(
         sites=tuple(sites.items()),
         observing=tuple(observing),
-        activations=activations,
+        activations=tracing.peak,
         weights=sum(sizes.values()),
         small_weights=sum(n for name, n in sizes.items() if not is_large(shapes[name])),
     )
 
 
+class Tracing:
+    """Bytes that are allocated within a `with` block, whose maths may well be of zeros and not sensible."""
+
+    def __enter__(self) -> Tracing:
+        self._errors = np.errstate(all="ignore")
+        self._errors.__enter__()
+        self._was_tracing = tracemalloc.is_tracing()
+        tracemalloc.start()
+        tracemalloc.reset_peak()
+        self._before = tracemalloc.get_traced_memory()[0]
+        return self
+
+    def allocated(self) -> int:
+        """At the moment."""
+        return tracemalloc.get_traced_memory()[0] - self._before
+
+    def __exit__(self, *error: object) -> None:
+        self.peak = tracemalloc.get_traced_memory()[1] - self._before
+        if not self._was_tracing:
+            tracemalloc.stop()
+        self._errors.__exit__(None, None, None)
+
+
 def budgets(
-    layers: Sequence[Layer], windows: tuple[int, ...], n_embd: int, *, ranks: Mapping[int, int], threads: int
+    layers: Sequence[Layer],
+    windows: tuple[int, ...],
+    n_embd: int,
+    *,
+    ranks: Mapping[int, int],
+    threads: int,
+    n_input: int = 1,
+    n_stored: int = 2,
 ) -> Iterator[Budget]:
     """All ways to run with sketches of these ranks, the fastest first.
 
@@ -111,15 +138,17 @@ def budgets(
         n_embd: values of the residual stream.
         ranks: one of `rank_choices`.
         threads: at most.
+        n_input: arrays of the residual stream's shape that a layer is computed from.
+        n_stored: such arrays of all windows that are on disk together, at most.
     """
     n_windows, n_ctx = windows
     batch_tokens = n_ctx * windows_per_batch(n_ctx)
-    peak_disk = 2 * 4 * n_windows * n_ctx * n_embd + sum(
+    peak_disk = n_stored * 4 * n_windows * n_ctx * n_embd + sum(
         _file_bytes(width) for layer in layers for _, width in layer.sites
     )
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
-            peak_ram = _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd)
+            peak_ram = _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd, n_input)
             yield Budget(n_threads, resident, ranks, peak_ram, peak_disk)
 
 
@@ -140,22 +169,41 @@ def rank_choices(layers: Sequence[Layer], n_embd: int) -> Iterator[dict[int, int
 
 
 def _peak(
-    layers: Sequence[Layer], ranks: Mapping[int, int], threads: int, resident: bool, batch_tokens: int, n_embd: int
+    layers: Sequence[Layer],
+    ranks: Mapping[int, int],
+    threads: int,
+    resident: bool,
+    batch_tokens: int,
+    n_embd: int,
+    n_input: int,
 ) -> int:
     """Resident bytes at the peak of the worst layer."""
-    chunk = 4 * batch_tokens * n_embd  # of the residual stream; three times while it is read or written
-    tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
+    chunk = 4 * batch_tokens * n_embd
     worst = 0
     for layer in layers:
         moments = [_needs(width, ranks, batch_tokens) for _, width in layer.sites]
         weights = 4 * (layer.weights if resident else layer.small_weights)
         sums = sum(moment.resident for moment in moments)
-        observing = max(own + moment.adding for own, moment in zip(layer.observing, moments, strict=True))
-        activations = max(layer.activations + tile, observing, 2 * chunk) + chunk
-        computing = activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
+        observing = max((own + moment.adding for own, moment in zip(layer.observing, moments, strict=True)), default=0)
+        computing = computing_bytes(layer, chunk, resident, observing, n_input)
         finishing = sum(sorted(moment.finishing for moment in moments)[-threads:])
         worst = max(worst, weights + sums + max(threads * computing, finishing))
     return FIXED_BYTES + worst
+
+
+def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0, n_input: int = 1) -> int:
+    """Resident bytes of one thread at work on a batch.
+
+    Args:
+        layer: what it computes.
+        chunk: bytes of the batch's residual stream, which is there three times while it is read or written.
+        resident: the layer's weights are in memory; else they are read tile by tile.
+        observing: bytes of activations, at the peak of what looks at them.
+        n_input: chunks that it starts from.
+    """
+    tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
+    activations = max(layer.activations + tile, observing, 2 * chunk) + n_input * chunk
+    return activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
 
 
 def _needs(width: int, ranks: Mapping[int, int], n: int) -> Needs:

@@ -7,16 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream.calibrate.budget import MIB, Budget, Layer, budgets, measure_layers, rank_choices
-from sq_stream.calibrate.forward import LostWorkError, run_forward
+from sq_stream.calibrate.forward import run_forward
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Entry, Store
+from sq_stream.calibrate.streamed import LostWorkError
 from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
@@ -104,12 +105,13 @@ class Calibration:
         def close() -> None:
             entry.close()
 
-        return Sketches(self.spec, {site.linears: site.n_dead for site in entry.sites}, load, close)
+        sites = {site.linears: site.n_dead for site in entry.sites}
+        return Sketches(self.spec, sites, load, close, of_outputs=self.of_outputs)
 
     def _complete(self, on_event: OnEvent) -> Entry:
         """The entry of the store, with all of its steps done."""
         about = {"model": self.model, "n_tokens": self.windows.size}
-        entry = self.store.open(self.identity, about, self.decoder.n_layer + 1, on_event)
+        entry = self.store.open(self.identity, about, self.n_steps, on_event)
         resumed = entry.done > 0
         try:
             if not entry.complete:
@@ -135,16 +137,44 @@ class Calibration:
                 "or run the same command again to make do with a coarser calibration"
             )
         replace(self, found=False).check_disk()
+        self._pass(entry, self.budget, on_event)
+
+    # What another kind of pass does otherwise
+
+    of_outputs: ClassVar[bool] = False
+    """Whether the statistics are of what linears put out, not of what enters them."""
+    n_input: ClassVar[int] = 1
+    """Arrays of the residual stream's shape that a layer is computed from."""
+
+    @staticmethod
+    def measure(decoder: Decoder, reader: LayerReader, n_ctx: int) -> Sequence[Layer]:
+        """What each layer needs with windows of `n_ctx` tokens."""
+        return measure_layers(decoder, reader, n_ctx)
+
+    @staticmethod
+    def n_stored(decoder: Decoder) -> int:
+        """Arrays of the residual stream's shape, of all windows, that are on disk together."""
+        return 2
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that can be resumed after."""
+        return self.decoder.n_layer + 1
+
+    def _pass(self, entry: Entry, budget: Budget, on_event: OnEvent) -> None:
         run_forward(
             self.reader,
             self.decoder,
             self.windows,
             self.layers,
             entry,
-            self.budget,
+            budget,
             energy=self.identity["energy"],
             on_event=on_event,
         )
+
+
+Pass = TypeVar("Pass", bound=Calibration)
 
 
 def plan_calibration(
@@ -178,19 +208,56 @@ def plan_calibration(
         UnsupportedModelError: the architecture has no forward pass.
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
+    return plan_pass(
+        Calibration,
+        checkpoint,
+        spec,
+        windows,
+        store,
+        max_ram=max_ram,
+        threads=threads,
+        energy=energy,
+        afterwards=afterwards,
+    )
+
+
+def plan_pass(
+    kind: type[Pass],
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    windows: NDArray[np.int32],
+    store: Store,
+    *,
+    max_ram: int,
+    threads: int,
+    energy: float,
+    afterwards: Callable[[Mapping[int, int]], int],
+    settings: Mapping[str, Any] | None = None,
+) -> Pass:
+    """See `plan_calibration`; for any `kind` of pass, with `settings` that its results depend on besides."""
     reader = LayerReader(spec, checkpoint)
     _check_windows(windows, reader.n_vocab)
     decoder = find_decoder(spec.arch, spec.metadata)
-    layers = measure_layers(decoder, reader, windows.shape[1])
+    layers = kind.measure(decoder, reader, windows.shape[1])
     smallest = sys.maxsize
     for ranks in rank_choices(layers, reader.n_embd):
-        identity = _identity(checkpoint, windows, energy, ranks)
+        identity = {**_identity(checkpoint, windows, energy, ranks), **(settings or {})}
         found, later = store.has(identity), afterwards(ranks)
-        ways = list(budgets(layers, windows.shape, reader.n_embd, ranks=ranks, threads=threads))
+        ways = list(
+            budgets(
+                layers,
+                windows.shape,
+                reader.n_embd,
+                ranks=ranks,
+                threads=threads,
+                n_input=kind.n_input,
+                n_stored=kind.n_stored(decoder),
+            )
+        )
         budget = next((way for way in ways if way.peak_ram <= max_ram), None)
         if later <= max_ram and (found or budget):
             model = checkpoint.folder.resolve().name
-            return Calibration(
+            return kind(
                 spec, reader, decoder, layers, windows, store, identity, model, ranks, found=found, budget=budget
             )
         smallest = min(smallest, max(later, 0 if found else min(way.peak_ram for way in ways)))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from sq_stream.calibrate import chat
 from sq_stream.calibrate.documents import GIVEN, Document, Ids, packaged, read_files, split
+from sq_stream.calibrate.shingles import found, shingles
 from sq_stream.errors import BadInputError, UsageError
 from sq_stream.text.encode import Tokenizer
 from sq_stream.text.pretokenizer import ADDS_BOS
@@ -32,14 +33,12 @@ MIX = {
 }  # fmt: skip
 """Shares of the windows; a kind that has too few leaves its share to the others."""
 
-SHINGLE = 32  # tokens
 MAX_REPEATED = 0.25
 """A window is a near-duplicate when this part of its shingles occurs in another part of the corpus.
 
 Shingles and containment after Broder, "On the resemblance and containment of documents" (1997). With edits at a rate e
 a copy keeps (1 - e)^32 of its shingles, so copies with up to 4% of their tokens changed are found, wherever they are
-cut: as many as with Jaccard similarity 0.5 over 8-token shingles. Shorter shingles would find ordinary phrases in
-scripts that the tokenizer knows only as bytes.
+cut: as many as with Jaccard similarity 0.5 over 8-token shingles.
 """
 
 
@@ -207,31 +206,12 @@ def _drop_repeated(parts: Sequence[dict[str, _Pool]], skip: int) -> int:
     for pools in reversed(parts):
         seen = np.unique(np.concatenate(kept))
         for kind, pool in pools.items():
-            shingles = _shingles(pool.tokens[:, skip:])
-            fresh = _found(shingles, seen).mean(axis=1) < MAX_REPEATED
-            kept.append(shingles[fresh].ravel())
+            hashes = shingles(pool.tokens[:, skip:])
+            fresh = found(hashes, seen).mean(axis=1) < MAX_REPEATED
+            kept.append(hashes[fresh].ravel())
             pools[kind] = pool.take(fresh)
             dropped += int((~fresh).sum())
     return dropped
-
-
-def _found(values: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Which of `values` are in the sorted `among`."""
-    if not len(among):
-        return np.zeros(values.shape, np.bool_)
-    at = np.minimum(np.searchsorted(among, values), len(among) - 1)
-    found: npt.NDArray[np.bool_] = among[at] == values
-    return found
-
-
-def _shingles(tokens: Ids) -> npt.NDArray[np.uint64]:
-    """A hash of each `SHINGLE` successive tokens: `[n, ctx]` to `[n, ctx - SHINGLE + 1]`."""
-    factors = np.frombuffer(hashlib.shake_256(b"shingle").digest(8 * SHINGLE), "<u8") | np.uint64(1)
-    wide, n = (tokens + 1).astype(np.uint64), tokens.shape[1] - SHINGLE + 1
-    hashes = np.zeros((len(tokens), n), np.uint64)
-    for i, factor in enumerate(factors):
-        hashes += factor * wide[:, i : i + n]
-    return hashes
 
 
 def _choose(pools: dict[str, _Pool], n_wanted: int) -> _Pool:

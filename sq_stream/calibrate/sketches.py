@@ -28,9 +28,15 @@ class Sketches(Mapping[str, Sketch], Closing):
         sites: Mapping[Site, int],
         load: Callable[[Site], Sketch],
         release: Callable[[], None] = lambda: None,
+        *,
+        of_outputs: bool = False,
     ) -> None:
-        """Statistics of the `sites` given with their dead channels, got by `load`; `release` is called by `close`."""
-        self._widths = {t.name: t.n_in for t in spec.tensors if is_linear(t.name, t.shape)}
+        """Statistics of the `sites` given with their dead channels, got by `load`; `release` is called by `close`.
+
+        Those `of_outputs` are as wide as a linear's output.
+        """
+        linears = [t for t in spec.tensors if is_linear(t.name, t.shape)]
+        self._widths = {t.name: t.n_rows if of_outputs else t.n_in for t in linears}
         self._sites = {f"{name}.weight": site for site in sites for name in site}
         self._load, self._release = load, release
         self._last: tuple[Site, Sketch] | None = None

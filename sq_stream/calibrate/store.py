@@ -189,6 +189,14 @@ class Entry(Closing):
             records.append(asdict(FinishedSite(site, crc, factored.n_tokens, n_dead)))
         self._journal.append({"sites": records})
 
+    def remove_pass(self) -> None:
+        """Delete what lies between the layers: the pass is done.
+
+        Raises:
+            StorageError: deleting fails.
+        """
+        _delete(self.pass_folder)
+
     def load(self, site: Site) -> Sketch:
         """The sketch of a finished site.
 

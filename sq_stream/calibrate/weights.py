@@ -79,6 +79,14 @@ class LayerReader:
         """Shapes of layer i's tensors, by name without `blk.N.`."""
         return {short: self._tensors[name].shape for short, name in layer_names(self._tensors, i).items()}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._tensors[name].shape
+
+    def on_disk(self, name: str) -> RowsOnDisk:
+        """A matrix whose rows are read when they are asked for."""
+        return RowsOnDisk(self._tensors[name], self._checkpoint)
+
     def read(self, name: str) -> Array:
         """A whole tensor in its shape.
 
@@ -94,7 +102,7 @@ class LayerReader:
     def layer(self, i: int, *, resident: bool) -> dict[str, Any]:
         """Layer i's tensors by name without `blk.N.`: all in memory, or large matrices as `RowsOnDisk`."""
         return {
-            short: self.read(name) if resident or not is_large(self._tensors[name].shape) else self._on_disk(name)
+            short: self.read(name) if resident or not is_large(self._tensors[name].shape) else self.on_disk(name)
             for short, name in layer_names(self._tensors, i).items()
         }
 
@@ -106,9 +114,6 @@ class LayerReader:
             check_finite(x[k : k + 1], self._tensors[name].source, int(unique[k]))
         rows: Array = x[place.reshape(numbers.shape)]
         return rows
-
-    def _on_disk(self, name: str) -> RowsOnDisk:
-        return RowsOnDisk(self._tensors[name], self._checkpoint)
 
 
 def zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -10,7 +10,17 @@ import click
 
 from sq_stream import __version__
 from sq_stream.cli.console import Console
-from sq_stream.cli.options import as_json, cache, job_options, log_format, max_ram, model_dir, text_options, threads
+from sq_stream.cli.options import (
+    as_json,
+    cache,
+    evaluate_options,
+    job_options,
+    log_format,
+    max_ram,
+    model_dir,
+    text_options,
+    threads,
+)
 
 EPILOG = """\b
 Exit codes:
@@ -95,6 +105,25 @@ def verify(file: Path, against: Path | None, max_ram: str, as_json: bool, log_fo
 
         checks = api.verify(file, against, max_ram=max_ram, on_event=console)
         click.echo(tables.to_json(checks) if as_json else tables.checks_text(checks))
+
+
+@cli.command("eval")
+@evaluate_options
+@as_json
+@log_format
+def evaluate(files: tuple[Path, ...], as_json: bool, log_format: str, **options: Any) -> None:
+    """Compare the predictions of FILES with those of the checkpoint that they were made from.
+
+    FILES are GGUF files, of whatever block types and makers, or folders of checkpoints. Each is scored on packaged or
+    given text by loss and KL divergence; with a baseline, also by how much of the loss between the baseline and the
+    checkpoint it recovers.
+    """
+    with Console(log_format) as console:
+        from sq_stream import api
+        from sq_stream.cli import scores, tables
+
+        evaluation = api.evaluate(files, on_event=console, **options)
+        click.echo(tables.to_json(evaluation) if as_json else scores.evaluation_text(evaluation))
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from sq_stream.cli.console import LOG_FORMATS
+from sq_stream.evaluate.settings import SUITES
 from sq_stream.job.settings import DEFAULT_CTX, DEFAULT_EFFORT, DEFAULT_WINDOWS, EFFORTS
 from sq_stream.quantize.recipe import RECIPES
 
@@ -102,6 +103,43 @@ _JOB = (
     max_ram,
     threads,
 )
+
+_EVALUATE = (
+    click.argument("files", type=PATH, nargs=-1, required=True),
+    click.option("--ref", type=PATH, required=True, metavar="MODEL_DIR", help="The checkpoint to compare with."),
+    click.option(
+        "--baseline",
+        "baselines",
+        multiple=True,
+        metavar="FILE|rtn|imatrix",
+        help="What recovery is measured from: a GGUF file, or made in memory with the block types of the first of "
+        "FILES, plain rounding (rtn) or rounding with an importance matrix of packaged text. Repeatable.",
+    ),
+    click.option(
+        "--suite",
+        "suites",
+        type=click.Choice(SUITES),
+        multiple=True,
+        help="Packaged text to score: heldout120 (default) and convergence60, windows of 512 tokens of the parts that "
+        "no file is fitted to, or general, 64 windows of 256 tokens of running text, or of --text. Repeatable.",
+    ),
+    click.option("--text", "texts", type=PATH, multiple=True, metavar="FILE", help="UTF-8 text to score. Repeatable."),
+    click.option("--ctx", type=int, default=DEFAULT_CTX, show_default=True, help="Tokens in a window of --text."),
+    click.option("--windows", type=int, metavar="N", help="Windows of each text to score, at most. Default: all."),
+    click.option(
+        "--cache",
+        type=PATH,
+        metavar="DIR",
+        help="Where calibrations and work in progress are kept. Default: sq-stream in the user's cache folder.",
+    ),
+    max_ram,
+    threads,
+)
+
+
+def evaluate_options(command: Command) -> Command:
+    """Add the options of `eval` that say what to compare, on what text and how."""
+    return _add(_EVALUATE, command)
 
 
 def text_options(command: Command) -> Command:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from sq_stream.calibrate.calibration import Calibration, plan_calibration
 from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
+from sq_stream.calibrate.shingles import sample
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Store
 from sq_stream.errors import UsageError
 from sq_stream.events import Note, OnEvent
 from sq_stream.formats.checkpoint import Checkpoint
-from sq_stream.formats.metadata import Entry, string, u32
+from sq_stream.formats.metadata import Entry, ValueType, array, string, u32
 from sq_stream.formats.storage import storage_errors
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
@@ -38,7 +39,9 @@ class Statistics:
         """What the file says of them, so that nobody scores it on the text that it was fitted to."""
         entries = [string(f"sq_stream.{name}.sha256", digest) for name, digest in self.digests.items()]
         if self.calibration is not None:
-            entries.append(u32("sq_stream.calib.tokens", self.calibration.windows.size))
+            windows = self.calibration.windows
+            entries.append(u32("sq_stream.calib.tokens", windows.size))
+            entries.append(array("sq_stream.calib.shingles", ValueType.UINT32, sample(windows).tolist()))
         return entries
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from sq_stream.models.layers import Array, Observe
@@ -38,16 +40,13 @@ def causal_attention(
     """
     (*batch, n_tok, n_head, head_dim), n_kv_head = q.shape, k.shape[-2]
     n_group = n_head // n_kv_head
-    q = q * np.float32(head_dim**-0.5 if scale is None else scale)
+    q = q * (head_dim**-0.5 if scale is None else scale)
     q = q.reshape(-1, n_tok, n_kv_head, n_group, head_dim)
     k, v = (x.reshape(-1, n_tok, n_kv_head, head_dim) for x in (k, v))
     out = np.empty_like(q)
     x = None if observe is None or inputs is None else inputs.reshape(len(q), n_tok, -1)
     mixtures = np.empty_like(x) if x is not None else None
-    for start in range(0, n_tok, _QUERY_TILE):
-        tile = slice(start, min(start + _QUERY_TILE, n_tok))
-        seen = slice(0 if window is None else max(0, start - window + 1), tile.stop)
-        hidden = _hidden(tile, seen, window)
+    for tile, seen, hidden in _query_tiles(n_tok, window):
         for i, head in np.ndindex(len(q), n_kv_head):
             shares = _shares(q[i, tile, head], k[i, seen, head], hidden)  # [n_query, n_group, n_key]
             out[i, tile, head] = (shares.reshape(-1, shares.shape[-1]) @ v[i, seen, head]).reshape(
@@ -55,11 +54,42 @@ def causal_attention(
             )
             if x is not None and mixtures is not None:
                 for member in range(n_group):
-                    turn = slice((head * n_group + member - start) % n_head, None, n_head)
+                    turn = slice((head * n_group + member - tile.start) % n_head, None, n_head)
                     mixtures[i, tile][turn] = shares[turn, member] @ x[i, seen]
     if observe is not None and inputs is not None and mixtures is not None:
         observe(("attn_v",), mixtures.reshape(inputs.shape))
     return out.reshape(*batch, n_tok, n_head, head_dim)
+
+
+def causal_attention_vjp(
+    dy: Array, q: Array, k: Array, v: Array, *, scale: float | None = None, window: int | None = None
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v from that of their `causal_attention`, [..., n_tok, n_head, head_dim]."""
+    shapes, (n_tok, n_head, head_dim), n_kv_head = (q.shape, k.shape, v.shape), q.shape[-3:], k.shape[-2]
+    scale = head_dim**-0.5 if scale is None else scale
+    q, dy = (x.reshape(-1, n_tok, n_kv_head, n_head // n_kv_head, head_dim) for x in (q * scale, dy))
+    k, v = (x.reshape(-1, n_tok, n_kv_head, head_dim) for x in (k, v))
+    dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+    for tile, seen, hidden in _query_tiles(n_tok, window):
+        for i, head in np.ndindex(len(q), n_kv_head):
+            queries, out = (x[i, tile, head].reshape(-1, head_dim) for x in (q, dy))  # [n_query · n_group, head_dim]
+            shares = _shares(q[i, tile, head], k[i, seen, head], hidden).reshape(len(queries), -1)
+            dv[i, seen, head] += shares.T @ out
+            scores = out @ v[i, seen, head].T  # the gradient of the shares, then of the scores
+            scores -= np.einsum("ij,ij->i", scores, shares)[:, None]
+            scores *= shares
+            dq[i, tile, head] = (scores @ k[i, seen, head]).reshape(-1, *dq.shape[-2:])
+            dk[i, seen, head] += scores.T @ queries
+    dq *= scale
+    return dq.reshape(shapes[0]), dk.reshape(shapes[1]), dv.reshape(shapes[2])
+
+
+def _query_tiles(n_tok: int, window: int | None) -> Iterator[tuple[slice, slice, Array]]:
+    """Tiles of queries, each with the keys that any of them sees, and with what `_hidden` says of them."""
+    for start in range(0, n_tok, _QUERY_TILE):
+        tile = slice(start, min(start + _QUERY_TILE, n_tok))
+        seen = slice(0 if window is None else max(0, start - window + 1), tile.stop)
+        yield tile, seen, _hidden(tile, seen, window)
 
 
 def _shares(queries: Array, keys: Array, hidden: Array) -> Array:

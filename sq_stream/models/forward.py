@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,9 +12,20 @@ from numpy.typing import NDArray
 
 from sq_stream.errors import UnsupportedModelError
 from sq_stream.formats.metadata import Entry
-from sq_stream.models.layers import Array, Observe, Weights, apply_linears, rms_norm, with_prefix
+from sq_stream.models.layers import (
+    Array,
+    Observe,
+    ObserveGradients,
+    Site,
+    Weights,
+    apply_linears,
+    rms_norm,
+    rms_norm_vjp,
+    with_prefix,
+)
+from sq_stream.models.parts import Branch
 
-MODULES = {  # GGUF architecture -> module here with a class `Model`
+MODULES = {  # GGUF architecture -> module here with a function `make_decoder(arch, keys)`, the keys without `ARCH.`
     "llama": "transformer_forward",
     "qwen2": "transformer_forward",
     "qwen3": "transformer_forward",
@@ -27,42 +37,70 @@ SHARED = ("rope_freqs.weight",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoder(ABC):
+class Decoder:
     """The maths of one model; sizes and constants come from its GGUF keys, weights are handed in."""
 
-    n_layer: int  # without multi-token prediction
+    layers: tuple[tuple[Branch, Branch], ...]  # what mixes tokens, then the feed-forward net
     eps: float
     embedding_scale: float = 1.0
     soft_cap: float = 0.0  # of the logits; 0: none
 
-    @classmethod
-    @abstractmethod
-    def from_keys(cls, arch: str, keys: Mapping[str, Any]) -> Decoder:
-        """Read the keys of a model, given without their `ARCH.`.
+    @property
+    def n_layer(self) -> int:
+        """Layers, without those of multi-token prediction."""
+        return len(self.layers)
 
-        Raises:
-            UnsupportedModelError: a variant that the forward pass does not know.
-        """
-
-    @abstractmethod
     def layer(self, x: Array, weights: Weights, i: int, observe: Observe | None = None) -> Array:
         """Layer i's map of the residual stream x [..., n_tok, d_model], given its tensors without their `blk.N.`."""
+        mixer, feed_forward = self.layers[i]
+        x = x + mixer.forward(x, weights, observe)
+        x += feed_forward.forward(x, weights, observe)
+        return x
 
-    def norms(self, i: int) -> dict[str, tuple[str, ...]]:
+    def layer_vjp(
+        self, dy: Array, x: Array, weights: Weights, i: int, observe: ObserveGradients | None = None
+    ) -> Array:
+        """Gradient of the residual stream x that enters layer i, from that of what leaves it; both stay as they are.
+
+        Args:
+            dy: [..., n_tok, d_model].
+            x: what enters the layer, [..., n_tok, d_model].
+            weights: the layer's tensors without their `blk.N.`.
+            i: the layer.
+            observe: sees the inputs of every linear and norm with the gradients of their outputs; for attn_v they are
+                those of the linear itself, not of what attention makes of them.
+        """
+        mixer, feed_forward = self.layers[i]
+        dy = dy + feed_forward.vjp(dy, x + mixer.forward(x, weights), weights, observe)
+        dy += mixer.vjp(dy, x, weights, observe)
+        return dy
+
+    def norms(self, i: int) -> dict[str, Site]:
         """The linears of layer i that enter right behind a norm, all that do, by the norm's name."""
-        return {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
+        return {branch.norm: branch.part.entry for branch in self.layers[i]}
 
     def embed(self, rows: Array) -> Array:
-        """The residual stream that enters layer 0, from rows [..., n_tok, d_model] of the token embedding."""
-        return rows * np.float32(self.embedding_scale) if self.embedding_scale != 1 else rows
+        """The residual stream that enters layer 0, from rows [..., n_tok, d_model] of the token embedding.
+
+        The same map takes the gradient of that stream to the gradient of the rows.
+        """
+        return rows * self.embedding_scale if self.embedding_scale != 1 else rows
 
     def final_norm(self, x: Array, weights: Weights) -> Array:
         """What enters the output matrix, [..., n_tok, d_model], from the last layer's output."""
         return rms_norm(x, weights["output_norm.weight"], self.eps)
 
+    def final_norm_vjp(self, dy: Array, x: Array, weights: Weights, observe: ObserveGradients | None = None) -> Array:
+        """Gradient of the last layer's output x, from that of what enters the output matrix."""
+        return rms_norm_vjp(dy, x, weights, "output_norm", self.eps, observe)
+
     def cap(self, logits: Array) -> Array:
         """Logits as the model gives them, from those of the output matrix."""
-        return np.tanh(logits / np.float32(self.soft_cap)) * np.float32(self.soft_cap) if self.soft_cap else logits
+        return np.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits
+
+    def cap_slope(self, capped: Array) -> Array | float:
+        """The derivative of `cap` where it gives `capped`."""
+        return 1 - (capped / self.soft_cap) ** 2 if self.soft_cap else 1.0
 
 
 def find_decoder(arch: str, metadata: Iterable[Entry]) -> Decoder:
@@ -76,8 +114,8 @@ def find_decoder(arch: str, metadata: Iterable[Entry]) -> Decoder:
             f"there is no forward pass for architecture {arch!r}, only for {', '.join(MODULES)}"
         )
     keys = {entry.key.removeprefix(f"{arch}."): entry.value for entry in metadata}
-    model = cast("type[Decoder]", importlib.import_module(f"sq_stream.models.{MODULES[arch]}").Model)
-    return model.from_keys(arch, keys)
+    module = importlib.import_module(f"sq_stream.models.{MODULES[arch]}")
+    return cast("Decoder", module.make_decoder(arch, keys))
 
 
 def head_name(names: Iterable[str]) -> str:

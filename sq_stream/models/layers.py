@@ -1,11 +1,14 @@
-"""The parts that decoder layers are made of, in NumPy float32; weights are as GGUF stores them.
+"""The functions that decoder layers are made of, in NumPy; weights are as GGUF stores them.
 
-Activations are float32 [..., n_tok, n]: any number of leading dimensions, one sequence of tokens each.
+Activations are [..., n_tok, n]: any number of leading dimensions, one sequence of tokens each. They are float32, but
+every function keeps the dtype that it is given. Behind a function `f(x, ...)` stands its vector-Jacobian product
+`f_vjp(dy, x, ...)`: from the gradient of what f gives to the gradient of x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,30 +24,61 @@ Site = tuple[str, ...]
 """The linears that one activation vector enters, as ("ffn_gate", "ffn_up")."""
 Observe = Callable[[Site, Array], None]
 """Called with the activations [..., n_tok, n_in] that enter a site; must not change them."""
+ObserveGradients = Callable[[Site, Array, Sequence[Array]], None]
+"""Called with the activations x that enter a site and the gradient dy of each linear's output; must not change them.
+
+The gradient of a linear's weight is the sum of dy xᵀ over all tokens, that of its bias the sum of dy. A norm is a site
+too, x being the vectors divided by their root mean squares: the gradient of its weight is the sum of dy · x.
+"""
 
 TILE_WEIGHTS = 2**22
 """Weights of a matrix that are multiplied at a time. Fixed, so that results do not depend on what is in memory."""
 CACHED_VALUES = 2**16
 """Worked on at a time by elementwise functions."""
+_GELU = ((2 / math.pi) ** 0.5, 0.044715)
 
 
 def apply_linears(x: Array, weights: Weights, site: Site, observe: Observe | None) -> list[Array]:
     """Outputs [..., n_tok, n_out] of every linear of `site`, with its bias, for activations x [..., n_tok, n_in]."""
-    if observe:
+    if observe is not None:
         observe(site, x)
     return [linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in site]
+
+
+def apply_linears_vjp(
+    dys: Sequence[Array], x: Array, weights: Weights, site: Site, observe: ObserveGradients | None
+) -> Array:
+    """Gradient [..., n_tok, n_in] of x, from those of the outputs [..., n_tok, n_out] of every linear of `site`."""
+    if observe is not None:
+        observe(site, x, dys)
+    dx = linear_vjp(dys[0], weights[f"{site[0]}.weight"])
+    for dy, name in zip(dys[1:], site[1:], strict=True):
+        dx += linear_vjp(dy, weights[f"{name}.weight"])
+    return dx
 
 
 def linear(x: Array, weight: Any, bias: Array | None = None) -> Array:
     """Product of x [..., n_in] and the transpose of `weight` [n_out, n_in], in tiles of its rows, plus bias [n_out]."""
     n_out, n_in = weight.shape
     rows = x.reshape(-1, n_in)
-    out = np.empty((len(rows), n_out), np.float32)
+    out = np.empty((len(rows), n_out), x.dtype)
     for tile in tiles(n_out, n_in):
         np.matmul(rows, weight[tile].T, out=out[:, tile])
     if bias is not None:
         out += bias
     return out.reshape(*x.shape[:-1], n_out)
+
+
+def linear_vjp(dy: Array, weight: Any) -> Array:
+    """Product of dy [..., n_out] and `weight` [n_out, n_in], summed over tiles of its rows."""
+    n_out, n_in = weight.shape
+    rows = dy.reshape(-1, n_out)
+    first, *others = tiles(n_out, n_in)
+    dx: Array = np.matmul(rows[:, first], weight[first], out=np.empty((len(rows), n_in), dy.dtype))
+    part = np.empty_like(dx) if others else dx
+    for tile in others:
+        dx += np.matmul(rows[:, tile], weight[tile], out=part)
+    return dx.reshape(*dy.shape[:-1], n_in)
 
 
 def tiles(n_rows: int, n_in: int, n_values: int = TILE_WEIGHTS) -> Iterator[slice]:
@@ -53,31 +87,44 @@ def tiles(n_rows: int, n_in: int, n_values: int = TILE_WEIGHTS) -> Iterator[slic
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
-def with_prefix(observe: Observe | None, prefix: str) -> Observe | None:
+def is_norm(name: str) -> bool:
+    """Whether a site shown to `ObserveGradients` is a norm."""
+    return name.endswith("norm")
+
+
+def with_prefix(observe: Callable[..., None] | None, prefix: str) -> Callable[..., None] | None:
     """`observe`, given sites whose linears have `prefix` before their names."""
     if observe is None:
         return None
-    return lambda site, x: observe(tuple(prefix + name for name in site), x)
-
-
-def feed_forward(
-    x: Array, weights: Weights, observe: Observe | None, activation: Callable[[Array], Array] | None = None
-) -> Array:
-    """A gated feed-forward layer, SwiGLU unless another `activation` is given: [..., n_tok, d_model] to the same."""
-    gate, up = apply_linears(x, weights, ("ffn_gate", "ffn_up"), observe)  # [..., n_tok, n_ff]
-    gate = elementwise(activation or silu, gate)
-    gate *= up
-    del up
-    (down,) = apply_linears(gate, weights, ("ffn_down",), observe)
-    return down
+    return lambda site, *arrays: observe(tuple(prefix + name for name in site), *arrays)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Every vector of x [..., n] divided by its root mean square, times weight [n]."""
-    mean_square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
-    y: Array = x / np.sqrt(mean_square + np.float32(eps))
+    y: Array = x / _root_mean_square(x, eps)
     y *= weight
     return y
+
+
+def rms_norm_vjp(
+    dy: Array, x: Array, weights: Weights, name: str, eps: float, observe: ObserveGradients | None
+) -> Array:
+    """Gradient of x [..., n] from that of its `rms_norm` by the weight of `name`, which is observed as a site."""
+    length = _root_mean_square(x, eps)
+    unit = x / length
+    if observe is not None:
+        observe((name,), unit, [dy])
+    dx: Array = dy * weights[f"{name}.weight"]
+    dx -= unit * (np.einsum("...i,...i->...", unit, dx)[..., None] / x.shape[-1])
+    dx /= length
+    return dx
+
+
+def _root_mean_square(x: Array, eps: float) -> Array:
+    """Of every vector of x [..., n], with eps under the root: [..., 1]."""
+    mean_square = np.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1]
+    root: Array = np.sqrt(mean_square + eps)
+    return root
 
 
 def elementwise(function: Callable[[Array], Array], x: Array) -> Array:
@@ -90,9 +137,9 @@ def elementwise(function: Callable[[Array], Array], x: Array) -> Array:
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow."""
-    y: Array = np.tanh(np.float32(0.5) * x)
+    y: Array = np.tanh(0.5 * x)
     y += 1
-    y *= np.float32(0.5)
+    y *= 0.5
     return y
 
 
@@ -103,16 +150,30 @@ def silu(x: Array) -> Array:
     return y
 
 
+def silu_slope(x: Array) -> Array:
+    """The derivative of `silu`."""
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
 def gelu(x: Array) -> Array:
     """The Gaussian error linear unit in the tanh form."""
-    y: Array = np.tanh(np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x))
+    y: Array = np.tanh(_GELU[0] * (x + _GELU[1] * x * x * x))
     y += 1
     y *= x
-    y *= np.float32(0.5)
+    y *= 0.5
     return y
+
+
+def gelu_slope(x: Array) -> Array:
+    """The derivative of `gelu`."""
+    scale, cubic = _GELU
+    t = np.tanh(scale * (x + cubic * x * x * x))
+    slope: Array = 0.5 * (1 + t) + 0.5 * scale * x * (1 - t * t) * (1 + 3 * cubic * x * x)
+    return slope
 
 
 def softplus(x: Array) -> Array:
     """log(1 + exp(x)), without overflow."""
-    y: Array = np.logaddexp(np.float32(0), x)
+    y: Array = np.logaddexp(0.0, x)
     return y

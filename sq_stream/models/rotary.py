@@ -49,15 +49,16 @@ class Rotary:
         magnitude = (1 + 0.1 * math.log(factor)) * keys.get("rope.scaling.attn_factor", 1.0)
         return cls(frequencies * (keep + (1 - keep) / factor), neighbors, magnitude)
 
-    def turn(self, x: Array, factors: Array | None = None) -> Array:
+    def turn(self, x: Array, factors: Array | None = None, *, back: bool = False) -> Array:
         """Queries or keys x [..., n_tok, n_head, head_dim] at positions 0, 1, ...; values from n_rotary on stay.
 
-        `factors` [n_rotary / 2] divide the frequencies (the tensor `rope_freqs.weight` of Llama 3).
+        `factors` [n_rotary / 2] divide the frequencies (the tensor `rope_freqs.weight` of Llama 3). Turned `back`,
+        the gradient of what was turned becomes that of x: of the same magnitude, in the opposite direction.
         """
         frequencies = self.frequencies if factors is None else self.frequencies / factors
         angles = np.arange(x.shape[-3])[:, None, None] * frequencies  # [n_tok, 1, n_rotary / 2], float64
-        cos = (np.cos(angles) * self.magnitude).astype(np.float32)
-        sin = (np.sin(angles) * self.magnitude).astype(np.float32)
+        cos = (np.cos(angles) * self.magnitude).astype(x.dtype)
+        sin = (np.sin(-angles if back else angles) * self.magnitude).astype(x.dtype)
         half = len(frequencies)
         step, apart = (2, 1) if self.neighbors else (1, half)
         a, b = (np.s_[..., start : start + step * half : step] for start in (0, apart))

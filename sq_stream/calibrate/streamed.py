@@ -1,0 +1,142 @@
+"""What the streamed passes are made of: activations on disk between the layers, and steps over all windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.calibrate.budget import Budget, windows_per_batch
+from sq_stream.calibrate.moments import Moment
+from sq_stream.calibrate.ordered import InOrder
+from sq_stream.calibrate.sketch import Factored
+from sq_stream.calibrate.weights import LayerReader
+from sq_stream.errors import BadInputError, StorageError
+from sq_stream.formats.chunks import read_chunk, write_chunk
+from sq_stream.formats.storage import storage_errors
+from sq_stream.models.forward import Decoder
+from sq_stream.models.layers import Array, Site
+from sq_stream.parallel import Workers
+
+Add = Callable[[Site, Array], None]
+"""Adds vectors [..., n] to the second moment of a site."""
+
+
+class LostWorkError(BadInputError):
+    """What an earlier run left on disk cannot be gone on with."""
+
+
+def into_batches(windows: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    """Token ids [n_windows, n_ctx], divided into what is computed together."""
+    n = windows_per_batch(windows.shape[1])
+    return [windows[start : start + n] for start in range(0, len(windows), n)]
+
+
+class Stream:
+    """Activations or gradients on disk: a generation is what enters one layer, one file for each batch of windows."""
+
+    def __init__(self, folder: Path, batches: Sequence[NDArray[np.int32]], n_embd: int) -> None:
+        self.batches = batches  # token ids [n_window, n_ctx] of each
+        self._folder, self._n_embd = folder, n_embd
+        with storage_errors("making", folder):
+            folder.mkdir(exist_ok=True, parents=True)
+
+    def read(self, layer: int, batch: int) -> Array:
+        """What enters `layer`: [n_window, n_ctx, n_embd].
+
+        Raises:
+            LostWorkError: it is missing or damaged.
+        """
+        try:
+            return read_chunk(self._path(layer, batch), np.float32, (*self.batches[batch].shape, self._n_embd))
+        except (BadInputError, StorageError) as error:
+            raise LostWorkError(str(error)) from error
+
+    def write(self, layer: int, batch: int, x: Array) -> None:
+        """Keep what enters `layer`.
+
+        Raises:
+            StorageError: writing fails.
+        """
+        write_chunk(self._path(layer, batch), x)
+
+    def keep_only(self, layers: Sequence[int]) -> None:
+        """Delete all generations but those that enter `layers`."""
+        with storage_errors("deleting files in", self._folder):
+            for path in self._folder.glob("*.zst"):
+                if int(path.name.split("-")[0]) not in layers:
+                    path.unlink()
+
+    def _path(self, layer: int, batch: int) -> Path:
+        return self._folder / f"{layer}-{batch:06d}.zst"
+
+
+class Residuals(Stream):
+    """The residual stream; its first generation is not stored: it is rows of the token embedding."""
+
+    def __init__(
+        self, folder: Path, batches: Sequence[NDArray[np.int32]], reader: LayerReader, decoder: Decoder
+    ) -> None:
+        super().__init__(folder, batches, reader.n_embd)
+        self.reader, self.decoder = reader, decoder
+
+    def read(self, layer: int, batch: int) -> Array:
+        """See `Stream.read`."""
+        if layer == 0:
+            return self.decoder.embed(self.reader.rows("token_embd.weight", self.batches[batch]))
+        return super().read(layer, batch)
+
+
+class Step:
+    """One layer, or what comes after the last one, over all windows, with the second moments of its sites."""
+
+    def __init__(
+        self,
+        name: str,
+        sites: Mapping[Site, int],
+        compute: Callable[[int, Add], None],
+        vectors: str = "the activations that enter",
+    ) -> None:
+        """`compute` does the work of the batch whose number it is given; `sites` have `vectors` of the widths given."""
+        self.name = name
+        self._vectors = vectors
+        self._sites = sites
+        self._compute = compute
+        self._moments: dict[Site, Moment] = {}
+
+    def run(self, n_batches: int, budget: Budget, workers: Workers) -> Iterator[None]:
+        """Compute all batches, yielding after each in turn."""
+        order = InOrder()
+        self._moments = {site: budget.moment(width, order) for site, width in self._sites.items()}
+
+        def run_batch(batch: int) -> None:
+            def add(site: Site, x: Array) -> None:
+                self._moments[site].add(batch, x.reshape(-1, x.shape[-1]))
+
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):  # found in the end, by `finish`
+                    self._compute(batch, add)
+            except BaseException:
+                order.fail(batch)
+                raise
+
+        try:
+            yield from workers.stream(run_batch, range(n_batches))
+        finally:
+            order.fail(-1)
+
+    def finish(self, energy: float, workers: Workers) -> dict[Site, Factored]:
+        """The sketches of all sites."""
+
+        def finish_site(site: Site) -> Factored:
+            try:
+                return self._moments.pop(site).finish(energy)
+            except FloatingPointError:
+                raise BadInputError(
+                    f"{self._vectors} {site[0]}.weight are not finite: the weights are damaged, or they are too large "
+                    "for float32"
+                ) from None
+
+        return dict(zip(self._sites, workers.map(finish_site, self._sites), strict=True))
