@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -12,10 +14,10 @@ from reference_shape import descend_codes, round_with_feedback
 
 from sq_stream.formats.blocks import BLOCK_TYPES, Q4_K
 from sq_stream.job.budget import SHAPED_TYPES
-from sq_stream.kernels import descent, rescale
+from sq_stream.kernels import descent, regrid
 from sq_stream.kernels.codec import decode, encode
 from sq_stream.parallel import Workers
-from sq_stream.quantize.grids import GRIDS, Scales, fit_scales
+from sq_stream.quantize.grids import GRIDS, AffineSuperScales, Scales, fit_scales
 from sq_stream.quantize.metric import DenseMetric, FactorMetric, panel_factor
 from sq_stream.quantize.shape import Shaper
 
@@ -104,7 +106,9 @@ def test_descent_on_codes_is_that_of_the_reference() -> None:
     start = codes.copy()
     gradient, moves = (s * codes + o - w) @ a, np.zeros_like(w)
     before = s * codes + o
-    descent.descend_codes(gradient, a, scale, offset, group, np.float32(0), np.float32(15), codes, moves)
+    descent.descend_codes(
+        np.arange(len(w)), gradient, a, scale, offset, group, np.float32(0), np.float32(15), codes, moves
+    )
     for row in range(len(w)):
         expected = descend_codes(
             start[row].astype(np.float64), w[row], a.astype(np.float64), s[row], o[row], 0, 15
@@ -124,34 +128,95 @@ def test_improved_scales_lower_the_objective_and_keep_the_books(name: str) -> No
     codes = np.clip(np.rint((w - offset) / np.where(scale == 0, 1, scale)), grid.lowest, grid.highest)
     decoded = scale * codes + offset
     gradient, moves = (decoded - w) @ a, np.zeros_like(w)
-    scales.improve(gradient, a, codes, moves)
+    scales.improve(np.arange(len(w)), gradient, a, codes, moves)
     improved = oracle_decode(scales.pack(codes), name)
     assert objective(improved, w, a) < objective(decoded, w, a)
     np.testing.assert_allclose(decoded + moves, improved, atol=1e-6)
     np.testing.assert_allclose(gradient, (improved - w) @ a, atol=2e-4)
 
 
-def test_a_best_scale_pair_is_the_best_of_its_neighborhood() -> None:
-    """Of all stored (sc, m) whose sc is within reach, for one block, found by trying every one."""
-    w, residual, factor = linear(1, 256)
-    a = dense(residual, factor)
+def first_scales(w: Array) -> AffineSuperScales:
     scales = fit_scales(w, Q4_K, np.ones(256, np.float32))
+    assert isinstance(scales, AffineSuperScales)
+    return scales
+
+
+def trials(scales: AffineSuperScales, codes: Array, b: int) -> Iterator[tuple[float, float]]:
+    """All pairs (sc, m) that are tried for block b of the only row, given its codes [32]."""
+    d, dmin, sc, m = scales.d[0], scales.dmin[0], scales.sc[0, b], scales.m[0, b]
+    for a in range(-regrid.SC_REACH, regrid.SC_REACH + 1):
+        new_sc = np.clip(sc + a, 0, 63)
+        middle = m + np.rint(d * (new_sc - sc) * codes.mean() / dmin)
+        for c in range(-regrid.M_REACH, regrid.M_REACH + 1):
+            yield new_sc, np.clip(middle + c, 0, 63)
+
+
+def test_first_scales_are_the_best_of_their_neighborhood_for_error_feedback() -> None:
+    """For each block in turn, what the block adds to the objective when all later columns make up for it."""
+    w, residual, factor = linear(1, 256)
+    a, scales = dense(residual, factor).astype(np.float64), first_scales(w)
+    chosen = replace(scales, sc=scales.sc.copy(), m=scales.m.copy())
+    chosen.choose(w.copy(), panel_factor(a), 15)
+    assert (chosen.sc != scales.sc).sum() >= 3
+    error = np.zeros(256)
+    for b in range(8):
+        own, later = slice(32 * b, 32 * b + 32), slice(32 * b + 32, 256)
+        open_, conditional = slice(own.start, 256), a[own, own]
+        if b < 7:
+            conditional = conditional - a[own, later] @ np.linalg.solve(a[later, later], a[later, own])
+        wanted = (w[0, open_] - np.linalg.solve(a[open_, open_], a[open_, : own.start] @ error[: own.start]))[:32]
+
+        def rounded(sc: float, m: float, of: Array = wanted, under: Array = conditional) -> tuple[Array, Array]:
+            s, o = np.full(32, scales.d[0] * sc), np.full(32, -scales.dmin[0] * m)
+            codes = round_with_feedback(of, under, s, o, 0, 15)
+            return codes, s * codes + o - of
+
+        def cost(pair: tuple[float, float], under: Array = conditional) -> float:
+            e = rounded(*pair)[1]
+            return float(e @ under @ e)
+
+        start, _ = rounded(scales.sc[0, b], scales.m[0, b])
+        pairs = list(trials(scales, start, b))
+        best = min(map(cost, pairs))
+        assert cost((chosen.sc[0, b], chosen.m[0, b])) <= best * (1 + 1e-4)
+        _, left = rounded(chosen.sc[0, b], chosen.m[0, b])
+        error[own] = left + wanted - w[0, own]
+
+
+def test_improved_blocks_cost_no_more_than_any_trial() -> None:
+    """Block 0, the first to move: with all other columns as they are, no pair and its codes are better."""
+    w, residual, factor = linear(1, 256)
+    a, scales = dense(residual, factor).astype(np.float64), first_scales(w)
     scale, offset = by_column(scales)
     codes = np.clip(np.rint((w - offset) / scale), 0, 15)
-    sc = scales.sc[0, 0]
+    e = (scale * codes + offset - w)[0].astype(np.float64)
+    wanted = w[0, :32] - np.linalg.solve(a[:32, :32], a[:32, 32:] @ e[32:])
+    costs = []
+    for sc, m in trials(scales, codes[0, :32], 0):
+        s, o = np.full(32, scales.d[0] * sc), np.full(32, -scales.dmin[0] * m)
+        left = s * round_with_feedback(wanted, a[:32, :32], s, o, 0, 15) + o - wanted
+        costs.append(left @ a[:32, :32] @ left)
+    new, moves = replace(scales, sc=scales.sc.copy(), m=scales.m.copy()), np.zeros_like(w)
+    inverse = np.linalg.inv(a[:32, :32])[None]
+    regrid.choose_again(
+        np.arange(1), (e @ a).astype(np.float32)[None], a.astype(np.float32), inverse.astype(np.float32),
+        np.ascontiguousarray(np.linalg.cholesky(inverse[0]).T[None], np.float32), np.float32(15),
+        codes[:, :32], new.d, new.dmin, new.sc[:, :1], new.m[:, :1], moves[:, :32],
+    )  # fmt: skip
+    left = (new.d[0] * new.sc[0, 0] * codes[0, :32] - new.dmin[0] * new.m[0, 0]) - wanted
+    assert left @ a[:32, :32] @ left == pytest.approx(min(costs), rel=1e-3)
+    np.testing.assert_allclose(e[:32] + moves[0, :32], left + wanted - w[0, :32], atol=1e-6)
 
-    def cost(new_sc: float, new_m: float) -> float:
-        decoded = scale * codes + offset
-        decoded[0, :32] = scales.d[0] * new_sc * codes[0, :32] - scales.dmin[0] * new_m
-        return objective(decoded, w, a)
 
-    expected = min((cost(s, o), s, o) for s in range(int(sc) - 2, int(sc) + 3) for o in range(64))[1:]
-    one = (scales.d.copy(), scales.dmin.copy(), scales.sc[:, :1].copy(), scales.m[:, :1].copy())
-    gradient = (scale * codes + offset - w) @ a
-    rescale.rescale_affine(
-        gradient[:, :32].copy(), a[:32, :32].copy(), codes[:, :32].copy(), *one, np.zeros((1, 32), np.float32)
-    )
-    assert (one[2][0, 0], one[3][0, 0]) == expected
+@pytest.mark.parametrize("name", TYPES)
+def test_runs_of_columns_can_be_arranged(name: str) -> None:
+    random, grid, w = np.random.default_rng(1), GRIDS[name], linear(4, 256)[0]
+    scales = fit_scales(w, BLOCK_TYPES[name], np.ones(256, np.float32))
+    codes = random.integers(grid.lowest, grid.highest, (4, 256), endpoint=True).astype(np.float32)
+    runs = random.permutation(8)
+    columns = (32 * runs[:, None] + np.arange(32)).ravel()
+    arranged = oracle_decode(scales.arranged(runs).pack(codes[:, columns]), name)
+    np.testing.assert_array_equal(arranged, oracle_decode(scales.pack(codes), name)[:, columns])
 
 
 def panels_of(n_in: int) -> list[slice]:
@@ -179,7 +244,7 @@ def test_both_metrics_are_the_same_metric(n_in: int, workers: Workers) -> None:
         assert_same(*(e.gradient(i) for e in errors))
         np.testing.assert_allclose(errors[0].gradient(i), (w @ dense(residual, factor))[:, panels[i]], atol=1e-3)
     for e in errors:
-        assert e.objective() == pytest.approx(objective(w, np.zeros_like(w), dense(residual, factor)), rel=1e-4)
+        assert e.objectives().sum() == pytest.approx(objective(w, np.zeros_like(w), dense(residual, factor)), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", [DenseMetric, FactorMetric])

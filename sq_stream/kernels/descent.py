@@ -57,10 +57,11 @@ def round_with_feedback(x, scale, offset, group, factor, lowest, highest, codes)
 
 
 @_driver
-def descend_codes(gradient, metric, scale, offset, group, lowest, highest, codes, moves):
+def descend_codes(rows, gradient, metric, scale, offset, group, lowest, highest, codes, moves):
     """Give every code in turn the value that is best while all others stay.
 
     Args:
+        rows: int64 [n], those to work on.
         gradient: in and out, float32 [n_rows, p].
         metric: float32 [p, p], the panel's block of A.
         scale: float32 [n_rows, n_groups].
@@ -71,8 +72,9 @@ def descend_codes(gradient, metric, scale, offset, group, lowest, highest, codes
         codes: in and out, float32 [n_rows, p].
         moves: in and out, float32 [n_rows, p], grows by the changes of the decoded values.
     """
-    n_rows, p = codes.shape
-    for row in prange(n_rows):
+    p = codes.shape[1]
+    for i_row in prange(len(rows)):
+        row = rows[i_row]
         g = gradient[row]
         for j in range(p):
             s = scale[row, group[j]]

@@ -14,18 +14,17 @@ from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_value
 
 _ZERO = np.float32(0)
 _SINGULAR = np.float32(1e-6)
-_SCALE_MAX = np.float32(63)  # of a 6-bit scale or min
-_REACH = 2  # stored scales tried on either side
 
 _leaf = njit(cache=True, error_model="numpy")
 _driver = njit(cache=True, parallel=True, error_model="numpy")
 
 
 @_driver
-def rescale_affine(gradient, metric, codes, d, dmin, sc, m, moves):
-    """Improve sc, m of each block of 32, then d, dmin of each super-block, of Q4_K or Q5_K.
+def rescale_affine(rows, gradient, metric, codes, d, dmin, sc, m, moves):
+    """Improve d and dmin of each super-block of Q4_K or Q5_K.
 
     Args:
+        rows: int64 [n], those to work on.
         gradient: in and out, float32 [n_rows, 256].
         metric: float32 [256, 256].
         codes: float32 [n_rows, 256].
@@ -35,17 +34,11 @@ def rescale_affine(gradient, metric, codes, d, dmin, sc, m, moves):
         m: in and out, float32 [n_rows, 8].
         moves: in and out, float32 [n_rows, 256].
     """
-    n_rows, p = codes.shape
+    p = codes.shape[1]
     size = p // sc.shape[1]
-    for row in prange(n_rows):
+    for i_row in prange(len(rows)):
+        row = rows[i_row]
         pull = np.empty((2, p), np.float32)
-        for b in range(sc.shape[1]):
-            along, ones = codes[row, b * size : (b + 1) * size], np.ones(size, np.float32)
-            parabola = _parabola(gradient[row], metric, along, ones, b * size, pull)
-            new_sc, new_m = _best_6_bits(parabola, d[row], dmin[row], sc[row, b], m[row, b])
-            s, o = d[row] * (new_sc - sc[row, b]), dmin[row] * (m[row, b] - new_m)
-            _move(gradient[row], moves[row], s, o, along, ones, b * size, pull)
-            sc[row, b], m[row, b] = new_sc, new_m
         along, across = np.empty(p, np.float32), np.empty(p, np.float32)  # of the values, by d and by dmin
         for i in range(p):
             along[i], across[i] = sc[row, i // size] * codes[row, i], -m[row, i // size]
@@ -56,10 +49,11 @@ def rescale_affine(gradient, metric, codes, d, dmin, sc, m, moves):
 
 
 @_driver
-def rescale_scaled(gradient, metric, codes, d, sc, moves):
+def rescale_scaled(rows, gradient, metric, codes, d, sc, moves):
     """Improve sc of each block of 16, then d of each super-block, of Q6_K.
 
     Args:
+        rows: int64 [n], those to work on.
         gradient: in and out, float32 [n_rows, 256].
         metric: float32 [256, 256].
         codes: float32 [n_rows, 256].
@@ -67,9 +61,10 @@ def rescale_scaled(gradient, metric, codes, d, sc, moves):
         sc: in and out, float32 [n_rows, 16], whole numbers in -128..127.
         moves: in and out, float32 [n_rows, 256].
     """
-    n_rows, p = codes.shape
+    p = codes.shape[1]
     size = p // sc.shape[1]
-    for row in prange(n_rows):
+    for i_row in prange(len(rows)):
+        row = rows[i_row]
         pull = np.empty((2, p), np.float32)
         for b in range(sc.shape[1]):
             along, none = codes[row, b * size : (b + 1) * size], np.zeros(size, np.float32)
@@ -88,10 +83,11 @@ def rescale_scaled(gradient, metric, codes, d, sc, moves):
 
 
 @_driver
-def rescale_blocks(gradient, metric, codes, d, offset, has_offset, moves):
+def rescale_blocks(rows, gradient, metric, codes, d, offset, has_offset, moves):
     """Improve the fp16 d, and the fp16 offset if there is one, of each block of 32 of Q8_0, Q5_0 or Q5_1.
 
     Args:
+        rows: int64 [n], those to work on.
         gradient: in and out, float32 [n_rows, p].
         metric: float32 [p, p].
         codes: float32 [n_rows, p].
@@ -100,9 +96,10 @@ def rescale_blocks(gradient, metric, codes, d, offset, has_offset, moves):
         has_offset: bool; without, offset stays 0.
         moves: in and out, float32 [n_rows, p].
     """
-    n_rows, p = codes.shape
+    p = codes.shape[1]
     size = p // d.shape[1]
-    for row in prange(n_rows):
+    for i_row in prange(len(rows)):
+        row = rows[i_row]
         pull = np.empty((2, p), np.float32)
         for b in range(d.shape[1]):
             along, across = codes[row, b * size : (b + 1) * size], np.full(size, np.float32(has_offset), np.float32)
@@ -138,24 +135,6 @@ def _move(gradient, moves, s, o, along, across, first, pull):
             moves[first + i] += s * along[i] + o * across[i]
         for k in range(len(gradient)):
             gradient[k] += s * pull[0, k] + o * pull[1, k]
-
-
-@_leaf
-def _best_6_bits(parabola, d, dmin, sc, m):
-    """The pair of 6-bit scale and min, the scale within _REACH of what it is, with the least cost."""
-    g_s, g_o, h_ss, h_so, h_oo = parabola
-    best, best_sc, best_m = _ZERO, sc, m
-    for reach in range(-_REACH, _REACH + 1):
-        new_sc, new_m = sc + np.float32(reach), m
-        if new_sc < _ZERO or new_sc > _SCALE_MAX:
-            continue
-        s = d * np.float32(reach)
-        if dmin != _ZERO and h_oo > _ZERO:
-            new_m = min(max(np.rint(m + (g_o + h_so * s) / (h_oo * dmin)), _ZERO), _SCALE_MAX)
-        cost = step_cost(g_s, g_o, h_ss, h_so, h_oo, s, dmin * (m - new_m))
-        if cost < best:
-            best, best_sc, best_m = cost, new_sc, new_m
-    return best_sc, best_m
 
 
 @_leaf

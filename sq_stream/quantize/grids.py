@@ -7,14 +7,14 @@ columns. Bit layouts: `block_*` of llama.cpp's ggml-common.h and `dequantize_row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream.formats.blocks import BlockType
-from sq_stream.kernels import rescale
+from sq_stream.kernels import regrid, rescale
 from sq_stream.kernels.codec import encode
 
 Array = NDArray[np.float32]
@@ -35,9 +35,16 @@ class Scales(ABC):
     def values(self) -> tuple[Array, Array]:
         """Scale and offset of every group: float32 [n, p / group_size] each."""
 
+    def choose(self, x: Array, factor: Array, highest: float) -> None:  # noqa: B027 -- by default as they are
+        """Adapt to what `descent.round_with_feedback` will do with x [n, p], `factor` and the highest code."""
+
     @abstractmethod
-    def improve(self, gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
-        """One round of descent on the scales; arguments as in `kernels.rescale`."""
+    def improve(self, rows: NDArray[np.int64], gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
+        """One round of descent on the scales of some rows; arguments as in `kernels.rescale`."""
+
+    @abstractmethod
+    def arranged(self, runs: NDArray[np.int64]) -> Scales:
+        """The same for the columns in another order: `runs` of 32, by their numbers."""
 
     @abstractmethod
     def pack(self, codes: Array) -> Bytes:
@@ -72,9 +79,26 @@ class AffineSuperScales(Scales):
         """Scale d·sc, offset −dmin·m."""
         return self.d[:, None] * self.sc, -self.dmin[:, None] * self.m
 
-    def improve(self, gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
-        """One round of descent on sc and m, then on d and dmin."""
-        rescale.rescale_affine(gradient, metric, codes, self.d, self.dmin, self.sc, self.m, moves)
+    def choose(self, x: Array, factor: Array, highest: float) -> None:
+        """The best sc and m around what they are."""
+        regrid.choose_first(x, factor, np.float32(highest), self.d, self.dmin, self.sc, self.m)
+
+    def improve(self, rows: NDArray[np.int64], gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
+        """One round of descent on sc and m, with the codes, then on d and dmin."""
+        highest = np.float32(31 if self.has_fifth_bit else 15)
+        size = self.group_size
+        blocks = [metric[i : i + size, i : i + size].astype(np.float64) for i in range(0, len(metric), size)]
+        inverse = np.linalg.inv(blocks)
+        factor = np.linalg.cholesky(inverse).transpose(0, 2, 1)
+        regrid.choose_again(
+            rows, gradient, metric, inverse.astype(np.float32), np.ascontiguousarray(factor, np.float32), highest,
+            codes, self.d, self.dmin, self.sc, self.m, moves,
+        )  # fmt: skip
+        rescale.rescale_affine(rows, gradient, metric, codes, self.d, self.dmin, self.sc, self.m, moves)
+
+    def arranged(self, runs: NDArray[np.int64]) -> AffineSuperScales:
+        """The same for `runs` in another order."""
+        return replace(self, sc=self.sc[:, runs], m=self.m[:, runs])
 
     def pack(self, codes: Array) -> Bytes:
         """Blocks [n, 144 or 176]."""
@@ -112,9 +136,13 @@ class ScaledSuperScales(Scales):
         """Scale d·sc, no offset."""
         return self.d[:, None] * self.sc, np.zeros_like(self.sc)
 
-    def improve(self, gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
+    def improve(self, rows: NDArray[np.int64], gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
         """One round of descent on sc, then on d."""
-        rescale.rescale_scaled(gradient, metric, codes, self.d, self.sc, moves)
+        rescale.rescale_scaled(rows, gradient, metric, codes, self.d, self.sc, moves)
+
+    def arranged(self, runs: NDArray[np.int64]) -> ScaledSuperScales:
+        """The same for `runs` in another order."""
+        return replace(self, sc=self.sc.reshape(len(self.sc), -1, 2)[:, runs].reshape(self.sc.shape))
 
     def pack(self, codes: Array) -> Bytes:
         """Blocks [n, 210]."""
@@ -146,9 +174,13 @@ class BlockScales(Scales):
         """Scale d, offset m."""
         return self.d, self.m
 
-    def improve(self, gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
+    def improve(self, rows: NDArray[np.int64], gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
         """One round of descent on d and m."""
-        rescale.rescale_blocks(gradient, metric, codes, self.d, self.m, self.block_type.name == "Q5_1", moves)
+        rescale.rescale_blocks(rows, gradient, metric, codes, self.d, self.m, self.block_type.name == "Q5_1", moves)
+
+    def arranged(self, runs: NDArray[np.int64]) -> BlockScales:
+        """The same for `runs` in another order."""
+        return replace(self, d=self.d[:, runs], m=self.m[:, runs])
 
     def pack(self, codes: Array) -> Bytes:
         """Blocks [n, p / 32 · block bytes]."""

@@ -62,13 +62,12 @@ class Errors(ABC):
         """Let the errors in panel i grow by moves [n, p]."""
         self._values[:, self._panels[i]] += moves
 
-    def objective(self) -> float:
-        """½ tr(E A Eᵀ)."""
-        gradients = (
-            np.einsum("ij,ij->", self.gradient(i), self._values[:, own], dtype=np.float64)
-            for i, own in enumerate(self._panels)
-        )
-        return 0.5 * float(sum(gradients))
+    def objectives(self) -> Double:
+        """½ e A eᵀ of each row: [n]."""
+        total = np.zeros(len(self._values))
+        for i, own in enumerate(self._panels):
+            total += np.einsum("ij,ij->i", self.gradient(i), self._values[:, own], dtype=np.float64)
+        return total / 2
 
 
 class DenseMetric:
@@ -189,7 +188,7 @@ class _FactorErrors(Errors):
         self._projected += self._metric.matmul(moves, self._metric.factor[:, self._panels[i]].T)
 
 
-def upper_blocks(factor: Array, order: Sequence[slice], panels: Sequence[slice], workers: Workers) -> Array:
+def upper_blocks(factor: Array, order: Sequence[NDArray[np.int64]], panels: Sequence[slice], workers: Workers) -> Array:
     """SᵀS with columns order[i] of S in the place panels[i], [n_in, n_in]: only blocks on and above the diagonal."""
     a = np.zeros((factor.shape[1], factor.shape[1]), np.float32)
 

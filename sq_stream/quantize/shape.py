@@ -21,7 +21,9 @@ from sq_stream.quantize.grids import GRIDS, Scales, fit_scales
 from sq_stream.quantize.metric import PANEL, DenseMetric, Errors, FactorMetric, Metric, panel_factor, upper_blocks
 
 Array = NDArray[np.float32]
+Indices = NDArray[np.int64]
 
+RUN = 32  # columns that are next to each other in every order
 MOST_SWEEPS = 8
 LEAST_GAIN = 0.003  # of the objective, for another sweep to be worth it
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
@@ -33,6 +35,11 @@ class _Panel:
 
     scales: Scales
     codes: Array  # [n, p]
+
+    def pack(self, runs: Indices) -> NDArray[np.uint8]:
+        """The blocks, given which of the matrix's runs of columns these are in turn."""
+        natural = np.argsort(runs)
+        return self.scales.arranged(natural).pack(np.take(self.codes, columns_of(natural), axis=1))
 
 
 class Shaper:
@@ -54,16 +61,15 @@ class Shaper:
         mean = float(diagonal.mean()) or 1.0
         residual = residual / mean + np.float32(DAMPING)
         n_in = len(residual)
-        starts = range(0, n_in, PANEL)
-        order = sorted(starts, key=lambda start: -float(diagonal[start : start + PANEL].sum()))
-        self._natural = [slice(start, min(start + PANEL, n_in)) for start in order]
-        columns = np.concatenate([np.arange(panel.start, panel.stop) for panel in self._natural])
-        bounds = np.cumsum([0, *(panel.stop - panel.start for panel in self._natural)])
+        self._runs = order_runs(diagonal)
+        by_panel = [columns_of(runs) for runs in self._runs]
+        columns = np.concatenate(by_panel)
+        bounds = np.cumsum([0, *map(len, by_panel)])
         panels = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
         self._columns = columns
         self._metric: Metric
         if dense:
-            a = upper_blocks(factor, self._natural, panels, workers)
+            a = upper_blocks(factor, by_panel, panels, workers)
             a /= np.float32(mean)
             a[np.diag_indices(n_in)] += residual[columns]
             self._metric = DenseMetric(a, panels, workers)
@@ -76,15 +82,17 @@ class Shaper:
         """Blocks of the rows w [n, n_in]; and their objective after the first pass and at the end."""
         errors = self._metric.errors(len(w))
         panels = self._round(np.take(w, self._columns, axis=1), errors)
-        first = last = errors.objective()
+        first = last = errors.objectives()
+        rows = np.arange(len(w))
         for _ in range(MOST_SWEEPS):
             before = last
-            self._sweep(panels, errors)
-            last = errors.objective()
-            if last > (1 - LEAST_GAIN) * before:
+            self._sweep(panels, errors, rows)
+            last = errors.objectives()
+            rows = rows[last[rows] < (1 - LEAST_GAIN) * before[rows]]  # each row by itself: tiles must not matter
+            if not len(rows):
                 break
-        by_place = sorted(range(len(panels)), key=lambda i: self._natural[i].start)
-        return np.hstack([panels[i].scales.pack(panels[i].codes) for i in by_place]), first, last
+        packed = {int(runs.min()): panel.pack(runs) for runs, panel in zip(self._runs, panels, strict=True)}
+        return np.hstack([packed[place] for place in sorted(packed)]), float(first.sum()), float(last.sum())
 
     def _round(self, wanted: Array, errors: Errors) -> list[_Panel]:
         """The pass with error feedback on the rows `wanted` [n, n_in], which fills `errors`."""
@@ -93,29 +101,45 @@ class Shaper:
             conditional, shift = self._metric.conditional[i], errors.correction(i)
             x = wanted[:, own] + shift
             scales = fit_scales(x, self._type, np.diag(conditional).copy())
+            factor = panel_factor(conditional)
+            scales.choose(x, factor, grid.highest)
             scale, offset = scales.values()
             codes = np.empty_like(x)
             descent.round_with_feedback(
-                x, scale, offset, _groups(scales, x.shape[1]), panel_factor(conditional),
+                x, scale, offset, _groups(scales, x.shape[1]), factor,
                 np.float32(grid.lowest), np.float32(grid.highest), codes,
             )  # fmt: skip
             errors.add(i, shift - x)
             panels.append(_Panel(scales, codes))
         return panels
 
-    def _sweep(self, panels: Sequence[_Panel], errors: Errors) -> None:
-        """Descend once on the codes and scales of every panel, keeping `errors` up to date."""
+    def _sweep(self, panels: Sequence[_Panel], errors: Errors, rows: Indices) -> None:
+        """Descend once on the codes and scales of every panel in some rows, keeping `errors` up to date."""
         grid = GRIDS[self._type.name]
         for i, panel in enumerate(panels):
             gradient, metric = errors.gradient(i), self._metric.block(i)
             moves = np.zeros_like(gradient)
             scale, offset = panel.scales.values()
             descent.descend_codes(
-                gradient, metric, scale, offset, _groups(panel.scales, len(metric)),
+                rows, gradient, metric, scale, offset, _groups(panel.scales, len(metric)),
                 np.float32(grid.lowest), np.float32(grid.highest), panel.codes, moves,
             )  # fmt: skip
-            panel.scales.improve(gradient, metric, panel.codes, moves)
+            panel.scales.improve(rows, gradient, metric, panel.codes, moves)
             errors.add(i, moves)
+
+
+def order_runs(diagonal: Array) -> list[Indices]:
+    """The runs of RUN columns of each panel, by number, in the order in which they are decided: most energy first."""
+    energy = diagonal.reshape(-1, RUN).sum(axis=1)
+    panels = [np.arange(start, min(start + PANEL // RUN, len(energy))) for start in range(0, len(energy), PANEL // RUN)]
+    panels.sort(key=lambda runs: -float(energy[runs].sum()))
+    return [runs[np.argsort(-energy[runs], kind="stable")] for runs in panels]
+
+
+def columns_of(runs: Indices) -> Indices:
+    """The columns of `runs`."""
+    columns: Indices = (runs[:, None] * RUN + np.arange(RUN)).ravel()
+    return columns
 
 
 def _groups(scales: Scales, p: int) -> NDArray[np.int64]:
