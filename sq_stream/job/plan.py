@@ -160,6 +160,7 @@ def check_output(plan: Plan) -> None:
         raise UsageError(f"{output} exists: name another file with -o, or replace it with --overwrite")
     partial = partial_path(output)
     reserved = partial.stat().st_blocks * 512 if partial.exists() else 0
-    check_disk(output.parent, plan.budget.peak_disk - reserved)
-    if plan.calibration is not None:
-        plan.calibration.check_disk()
+    needed = plan.budget.peak_disk - reserved
+    check_disk(output.parent, needed)
+    if plan.calibration is not None and plan.calibration.pending:
+        plan.calibration.check_disk(output.parent, needed)
