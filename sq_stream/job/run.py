@@ -123,6 +123,7 @@ def _encode(
     """Encode the tensors that have no checksum yet, and add theirs."""
     import numba
 
+    from sq_stream.kernels.jit import cache_failure
     from sq_stream.quantize.encode import make_encoder
 
     numba.set_num_threads(plan.settings.threads)
@@ -145,6 +146,8 @@ def _encode(
                 on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
             done += n_weights
             on_event(Progress("encode", name, done, plan.n_weights))
+    if (failure := cache_failure()) is not None:
+        on_event(Note(f"compiled kernels could not be kept ({failure}): the next run compiles them again"))
 
 
 def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, NDArray[np.float32]]:
