@@ -21,6 +21,7 @@ from sq_stream import kernels as package
 from sq_stream.demo import model_folder
 from sq_stream.events import Event, Note
 from sq_stream.formats.blocks import Q8_0
+from sq_stream.job.plan import Plan
 from sq_stream.kernels import jit
 from sq_stream.kernels.codec import encode
 
@@ -113,9 +114,53 @@ def test_a_damaged_cache_is_made_again(kernels: Path, tmp_path: Path) -> None:
         assert run_with(kernels, ENCODE, **there) == [block, "1 None"]
 
 
+REMEMBER = """
+from sq_stream.kernels import cache
+cache.mark_kept({"Q8_0"})
+"""
+RECALL = """
+from sq_stream.kernels import cache
+print(*cache.kept_kernels(["Q8_0", "Q4_K"]))
+"""
+
+
+def test_what_is_compiled_is_known_for_this_processor_and_these_sources(kernels: Path, tmp_path: Path) -> None:
+    there = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run_with(kernels, RECALL, **there) == [""]
+    run_with(kernels, REMEMBER, **there)
+    assert run_with(kernels, RECALL, **there) == ["Q8_0"]
+    assert run_with(kernels, RECALL, NUMBA_CPU_NAME="generic", **there) == [""]
+    (kernels / "q8_0.py").write_text((kernels / "q8_0.py").read_text() + "# changed\n")
+    assert run_with(kernels, RECALL, **there) == [""]
+
+
+def test_compiled_kernels_change_the_predicted_memory_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(kept: set[str]) -> Plan:
+        monkeypatch.setattr("sq_stream.job.plan.kept_kernels", lambda uses: kept & uses)
+        with (job := api.plan(model_folder(), tmp_path / "x.gguf", effort="fast", max_ram="400M")).checkpoint:
+            return job
+
+    cold, partly, warm = planned(set()), planned({"Q4_K"}), planned({"Q4_K", "Q6_K"})
+    assert warm.budget.peak_ram < partly.budget.peak_ram < cold.budget.peak_ram <= 400 * 2**20
+    assert warm.budget.tile_weights == cold.budget.tile_weights
+    assert warm.layout.header == cold.layout.header
+
+
+def test_a_finished_job_remembers_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    monkeypatch.setattr("sq_stream.job.run.mark_kept", seen.append)
+    api.quantize(model_folder(), tmp_path / "x.gguf", effort="fast", recipe="q8_0")
+    assert seen == [{"Q8_0"}]
+
+
 def test_the_user_is_told_that_kernels_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Event] = []
+    marked: list[set[str]] = []
+    monkeypatch.setattr("sq_stream.job.run.mark_kept", marked.append)
     monkeypatch.setattr(jit, "_failures", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
     api.quantize(model_folder(), tmp_path / "x.gguf", effort="fast", recipe="q8_0", on_event=seen.append)
     notes = [event.text for event in seen if isinstance(event, Note) and "kernels" in event.text]
     assert notes == ["compiled kernels could not be kept (No space left on device): the next run compiles them again"]
+    assert not marked

@@ -7,8 +7,8 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,14 +19,17 @@ from sq_stream.calibrate.sketches import Sketches
 from sq_stream.errors import InterruptedJobError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
 from sq_stream.formats.atomic import partial_path
+from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.checkpoint import check_finite
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
+from sq_stream.job.budget import kernel_uses
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
 from sq_stream.job.statistics import gather
 from sq_stream.job.tiles import row_tiles
 from sq_stream.job.verify import check_tensors
+from sq_stream.kernels.cache import mark_kept
 from sq_stream.models.forward import linears_by_norm
 from sq_stream.parallel import Workers
 
@@ -70,6 +73,7 @@ def _write(plan: Plan, on_event: OnEvent) -> None:
     file, journal = _open(plan, on_event)
     with file, journal:
         checksums = {record["tensor"]: record["crc32"] for record in journal.records}
+        types = [tensor.type for tensor in plan.tensors if tensor.source.name not in checksums]
         sketches = None
         if plan.statistics is not None and len(checksums) < len(plan.tensors):
             sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
@@ -77,6 +81,7 @@ def _write(plan: Plan, on_event: OnEvent) -> None:
             _encode(plan, sketches, file, journal, checksums, on_event)
         with GGUFReader.open(file.partial) as reader:
             check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
+        _remember_kernels(types, shaped=plan.calibration is not None, on_event=on_event)
         file.commit()
         journal.remove()
 
@@ -123,7 +128,6 @@ def _encode(
     """Encode the tensors that have no checksum yet, and add theirs."""
     import numba
 
-    from sq_stream.kernels.jit import cache_failure
     from sq_stream.quantize.encode import make_encoder
 
     numba.set_num_threads(plan.settings.threads)
@@ -146,7 +150,17 @@ def _encode(
                 on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
             done += n_weights
             on_event(Progress("encode", name, done, plan.n_weights))
-    if (failure := cache_failure()) is not None:
+
+
+def _remember_kernels(types: Sequence[BlockType], *, shaped: bool, on_event: OnEvent) -> None:
+    """Let the next plan know what need not be compiled again, or tell why it has to be."""
+    from sq_stream.kernels.jit import cache_failure
+
+    failure = cache_failure()
+    if failure is None:
+        with suppress(OSError):
+            mark_kept(kernel_uses(types, shaped=shaped))
+    else:
         on_event(Note(f"compiled kernels could not be kept ({failure}): the next run compiles them again"))
 
 

@@ -1,25 +1,15 @@
-"""Compiling kernels, and keeping what was compiled.
-
-Compiled kernels are kept on disk. Numba by itself notices a change only in the file of the function that is called,
-not in those of the leaves compiled into it, so they are kept in a folder named after all of these sources: an upgrade
-never runs old code. Where nothing can be kept, on a full disk say, they are compiled anew in every process.
-"""
+"""Compiling kernels; what was compiled is kept on disk, and where that fails, on a full disk say, compiled again."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
 
-from sq_stream.formats.storage import user_cache
+from sq_stream.kernels.cache import cache_folder
 
 _failures: list[OSError] = []
 
@@ -66,27 +56,8 @@ def _remembering_failures() -> Iterator[None]:
         _failures.append(error)
 
 
-def _cache_folder() -> Path | None:
-    """The first writable of: what NUMBA_CACHE_DIR says, this package, the user's cache, a temporary folder."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
-    chosen = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else []
-    for parent in (*chosen, here / "__pycache__", user_cache()):
-        folder = parent / f"kernels-{digest}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            for other in parent.glob("kernels-*"):
-                if other != folder:
-                    shutil.rmtree(other, ignore_errors=True)
-            return folder
-    try:
-        return Path(tempfile.mkdtemp(prefix="sq-stream-kernels-"))
-    except OSError as error:
-        _failures.append(error)
-        return None
-
-
-numba.config.CACHE_DIR = str(_cache_folder() or "")
+try:
+    numba.config.CACHE_DIR = str(cache_folder())
+except OSError as error:
+    _failures.append(error)
+    numba.config.CACHE_DIR = ""
