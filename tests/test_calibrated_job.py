@@ -116,7 +116,7 @@ def test_the_smallest_memory_that_the_plan_names_works(
     quantize(path, pure=True, max_ram=f"{n}M", **options)
     assert set(widths) == {256}
     assert kl(path) < 1.1 * kl(shaped)
-    assert stages(quantize(path, max_ram=f"{n}M", overwrite=True, recipe="q6_k", pure=True, **options)) == [
+    assert stages(quantize(path, max_ram=f"{n}M", overwrite=True, recipe="q5_k_m", pure=True, **options)) == [
         "encode",
         "verify",
     ]

@@ -32,7 +32,7 @@ KERNEL_BYTES = {
     ("Q8_0",): 25 * MIB,
 }
 # The same for each type that tensors are shaped to.
-SHAPING_KERNEL_BYTES = 40 * MIB
+SHAPING_KERNEL_BYTES = 30 * MIB
 # And of all decoders, which read a file back.
 DECODER_BYTES = 40 * MIB
 # Packed panels that BLAS keeps for each thread where tensors are shaped.
