@@ -1,4 +1,4 @@
-"""The tables of the comparison: figures of each file, and the bars with what was measured."""
+"""The figures of the comparison: those of each file, and the bars with what was measured."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from candidates import File
 from divergence import Scores
 from numpy.typing import NDArray
 
+from sq_stream.units import parse_size
+
 MIB = 2**20
 N_SAMPLES = 10_000
 REFERENCE = "BF16"
+BASELINE = "q4_k_m-pure, llama.cpp"
+"""What recovery is counted from."""
 Array = NDArray[np.float64]
 
 
@@ -35,6 +39,8 @@ class Result:
     top1_agreement: float
     loss: float
     perplexity: float
+    kl_recovered: float | None  # part of the baseline's mean KL that is gone
+    loss_recovered: float | None  # part of the baseline's loss gap to the reference that is closed
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,10 @@ def _size(file: File) -> tuple[int, int]:
     return sum(int(tensor.n_bytes) for tensor in tensors), sum(int(tensor.n_elements) for tensor in tensors)
 
 
-def summarize(text: str, file: File, scores: Scores, skip: int) -> Result:
+def summarize(text: str, file: File, all_scores: Mapping[str, Scores], skip: int) -> Result:
     """The figures of `file`; `skip` first positions of each window are left out of `mean_kl_later`."""
     n_bytes, n_weights = _size(file)
+    scores, baseline = all_scores[file.name], all_scores.get(BASELINE)
     loss = float(scores.loss.mean())
     return Result(
         text=text,
@@ -123,7 +130,14 @@ def summarize(text: str, file: File, scores: Scores, skip: int) -> Result:
         top1_agreement=float(scores.agrees.mean()),
         loss=loss,
         perplexity=math.exp(loss),
+        kl_recovered=None if baseline is None else 1 - float(scores.kl.mean() / baseline.kl.mean()),
+        loss_recovered=None if baseline is None else _closed(loss, baseline, all_scores[REFERENCE]),
     )
+
+
+def _closed(loss: float, baseline: Scores, reference: Scores) -> float:
+    """The part of the baseline's loss gap that `loss` closes."""
+    return float((baseline.loss.mean() - loss) / (baseline.loss.mean() - reference.loss.mean()))
 
 
 def _fraction(rule: Rule, scores: Mapping[str, Scores], skip: int) -> tuple[Array, Array]:
@@ -155,40 +169,7 @@ def check(text: str, scores: Mapping[str, Scores], rules: Sequence[Rule], skip: 
         )
 
 
-def results_table(results: Sequence[Result], skip: int) -> str:
-    lines = [
-        f"| file | MiB | bits/weight | mean KL (95%) | mean KL from position {skip} on | median KL | 99% KL "
-        "| top-1 agreement | loss | perplexity |",
-        "|" + " --- |" * 10,
-    ]
-    for r in results:
-        low, high = r.mean_kl_interval
-        lines.append(
-            f"| {r.name} | {r.tensor_mib:.1f} | {r.bits_per_weight:.2f} | {r.mean_kl:.4f} ({low:.4f} to {high:.4f}) "
-            f"| {r.mean_kl_later:.4f} | {r.median_kl:.4f} | {r.kl_99:.3f} | {r.top1_agreement:.1%} | {r.loss:.4f} "
-            f"| {r.perplexity:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def bars_table(bars: Sequence[Bar], skip: int) -> str:
-    lines = [
-        f"| text | bar | figure (95%) | from position {skip} on | limit | met |",
-        "|" + " --- |" * 6,
-    ]
-    for b in bars:
-        low, high = b.interval
-        lines.append(
-            f"| {b.text} | {b.bar} | {b.figure:.3f} ({low:.3f} to {high:.3f}) | {b.figure_later:.3f} "
-            f"| {'≥' if b.at_least else '≤'} {b.limit:g} | {'yes' if b.met else '**no**'} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def costs_table(files: Sequence[File]) -> str:
-    """What our commands took."""
-    lines = ["| command's file | seconds | peak memory, MiB |", "| --- | --- | --- |"]
-    for file in files:
-        if file.seconds is not None and file.peak_bytes is not None:
-            lines.append(f"| {file.name} | {file.seconds:.0f} | {file.peak_bytes / MIB:.0f} |")
-    return "\n".join(lines) + "\n"
+def memory_bar(files: Sequence[File], max_ram: str) -> Bar:
+    """The highest peak of our commands, as a share of what they were allowed."""
+    share, bar = max(file.peak_bytes or 0 for file in files) / parse_size(max_ram), f"peak memory over {max_ram}"
+    return Bar("", bar, share, (share, share), share, limit=1.0, at_least=False, met=share <= 1)

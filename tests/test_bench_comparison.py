@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import gguf
 import numpy as np
 import pytest
 
@@ -15,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bars
 import candidates
 import divergence
-from compare_llamacpp import TextFile
+import pages
+from texts import TextFile
 
 from sq_stream.demo import model_folder
+from sq_stream.formats.blocks import F32, Q4_K, Q5_0, Q5_K, Q8_0
 
 
 @pytest.fixture
@@ -67,7 +73,7 @@ def test_bars(kl, loss, met):
     assert (ratio.figure, ratio.limit, ratio.met) == (pytest.approx(kl), 0.27, met)
     assert (gap.figure, gap.limit, gap.met) == (pytest.approx(4 - loss), 0.75, met)
     assert ratio.interval == pytest.approx((kl, kl))  # the windows differ by the same factors
-    assert "**no**" in bars.bars_table([ratio, gap], skip=1) or met
+    assert "**no**" in pages.bars_table([asdict(ratio), asdict(gap)], skip=1) or met
 
 
 def test_the_extra_column_leaves_out_the_first_positions():
@@ -123,3 +129,68 @@ def test_files_are_made_again_only_when_needed(tmp_path):
     reusing = candidates.Workshop(model_folder(), tmp_path, **settings, reuse=True)
     assert request(4, reusing).sha256 == first.sha256
     assert len(make.fresh) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "q4_k_s", "n_gqa", "n_in", "chosen"),
+    [  # llama-quantize's own, by --dry-run
+        ("blk.0.attn_v.weight", Q5_K, 3, 768, "IQ4_XS"),
+        ("blk.9.attn_v.weight", Q4_K, 4, 768, "Q5_K"),
+        ("blk.9.attn_v.weight", Q5_0, 4, 576, "Q5_1"),
+        ("blk.9.attn_q.weight", Q4_K, 4, 768, "IQ4_XS"),
+        ("blk.9.attn_q.weight", Q5_0, 3, 576, "IQ4_NL"),
+        ("blk.0.ffn_down.weight", Q5_K, 3, 1536, "Q5_K"),
+        ("token_embd.weight", Q8_0, 3, 576, "Q8_0"),
+        ("blk.0.attn_norm.weight", F32, 3, 576, "F32"),
+    ],
+)
+def test_types_of_iq4(name, q4_k_s, n_gqa, n_in, chosen):
+    assert candidates._iq4_type(name, q4_k_s, candidates.IQ4_TYPES["iq4_xs"], n_gqa, n_in).name == chosen
+
+
+def test_llamacpps_files_hold_what_it_makes_of_the_reference(tmp_path):
+    shop = candidates.Workshop(model_folder(), tmp_path, calib_windows=1, max_ram="1G", threads=1)
+    theirs = {t.name: t for t in gguf.GGUFReader(shop.llamacpp("iq4_xs").path).tensors}
+    reference = {t.name: t for t in gguf.GGUFReader(shop.reference.path).tensors}
+    assert theirs.keys() == reference.keys()
+    assert "IQ4_XS" in {t.tensor_type.name for t in theirs.values()}
+    for name, tensor in theirs.items():
+        x, y = (gguf.quants.dequantize(t.data, t.tensor_type) for t in (reference[name], tensor))
+        assert np.linalg.norm(x - y) <= 0.12 * np.linalg.norm(x), name
+
+
+def report() -> dict[str, Any]:
+    names = ["BF16", bars.BASELINE, "q4_k_m-pure, sq-stream balanced"]
+    results = [
+        {
+            **{"text": "a", "name": name, "tensor_mib": 100.0 + i, "bits_per_weight": 4.5, "mean_kl": 0.1 * i},
+            **{"mean_kl_interval": (0.1 * i, 0.2 * i), "mean_kl_later": 0.1, "median_kl": 0.1, "kl_99": 1.0},
+            **{"top1_agreement": 0.9, "loss": 3.0, "perplexity": 20.0, "kl_recovered": 0.5, "loss_recovered": None},
+        }
+        for i, name in enumerate(names)
+    ]
+    bar = asdict(bars.Bar("a", "a bar", 0.2, (0.1, 0.3), 0.2, 0.27, at_least=False, met=True))
+    texts = [{"name": "a", "n_windows": 2, "n_ctx": 8, "sha256": ""}]
+    files = [{"name": "BF16", "seconds": 2.0, "peak_bytes": 2**28}, {"name": names[1], "seconds": None}]
+    model = {"model": "m", "skip": 1, "max_ram": "1G", "texts": texts, "results": results, "bars": [bar]}
+    return {"command": "python bench/recovery.py m", "models": [{**model, "files": files}]}
+
+
+def test_pages_show_every_figure():
+    page, (name, svg) = pages.document(report()), *pages.charts(report(), "results").items()
+    assert name == "results-m.svg"
+    assert "![Mean KL divergence of every file](results-m.svg)" in page
+    assert "| q4_k_m-pure, llama.cpp | 4.50 | 101.0 | 0.1000 | 3.0000 |" in page
+    assert "| BF16 | 2 | 256 |" in page
+    assert page.count("50.0%") == 3
+    drawing = ElementTree.fromstring(svg)
+    assert len(drawing.findall(".//{*}rect")) == 2  # all but the reference
+    assert "q4_k_m-pure, sq-stream balanced" in svg
+
+
+def test_the_page_in_docs_is_made_of_its_figures():
+    docs = Path(__file__).parents[1] / "docs"
+    figures = json.loads((docs / "results.json").read_text())
+    assert (docs / "results.md").read_text() == pages.document(figures)
+    for name, svg in pages.charts(figures, "results").items():
+        assert (docs / name).read_text() == svg

@@ -19,6 +19,7 @@ from sq_stream.demo import model_folder
 from sq_stream.demo.generate import read_model
 from sq_stream.errors import BadInputError, DoesNotFitError, UsageError
 from sq_stream.events import Event, Note, StageStarted, TensorFinished
+from sq_stream.job.plan import check_output
 from sq_stream.models.forward import forward
 from sq_stream.quantize.metric import DenseMetric
 from sq_stream.text.encode import Tokenizer
@@ -115,7 +116,7 @@ def test_the_smallest_memory_that_the_plan_names_works(
     quantize(path, pure=True, max_ram=f"{n}M", **options)
     assert set(widths) == {256}
     assert kl(path) < 1.1 * kl(shaped)
-    assert stages(quantize(path, max_ram=f"{n}M", overwrite=True, recipe="q6_k", pure=True, **options)) == [
+    assert stages(quantize(path, max_ram=f"{n}M", overwrite=True, recipe="q5_k_m", pure=True, **options)) == [
         "encode",
         "verify",
     ]
@@ -211,3 +212,26 @@ def test_the_cache_is_listed_and_cleared(shaped: Path, tmp_path: Path) -> None:
     assert " 128 " in listed
     assert "freed" in CliRunner().invoke(cli, ["cache", "clear", "--cache", str(tmp_path)]).stdout
     assert "is empty" in CliRunner().invoke(cli, ["cache", "list", "--cache", str(tmp_path)]).stdout
+
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_disk_must_hold_the_cache_and_the_file(same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not same and (not SHARED_MEMORY.is_dir() or SHARED_MEMORY.stat().st_dev == tmp_path.stat().st_dev):
+        pytest.skip("there is one file system only")
+    cache = tmp_path / "cache" if same else SHARED_MEMORY / "not-there"
+    job = api.plan(MODEL, tmp_path / "x.gguf", windows=WINDOWS, cache=cache)
+    assert job.calibration is not None
+    file, pending = job.budget.peak_disk, job.calibration.peak_disk
+    enough = file + pending if same else max(file, pending)
+
+    def check(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))
+        check_output(job)
+
+    with job.checkpoint:
+        check(enough)
+        with pytest.raises(DoesNotFitError, match="the file on the same disk" if same else "disk space"):
+            check(enough - 1)

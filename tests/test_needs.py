@@ -13,8 +13,15 @@ import pytest
 from sq_stream.calibrate.moments import ExactMoment, Moment, Needs, SketchedMoment
 from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sketch
-from sq_stream.formats.blocks import Q4_K
-from sq_stream.job.budget import BYTES_PER_SHAPED_ROW, BYTES_PER_SHAPED_WEIGHT
+from sq_stream.formats.blocks import F32, Q4_K, Q6_K
+from sq_stream.job.budget import (
+    BYTES_PER_SHAPED_ROW,
+    BYTES_PER_SHAPED_WEIGHT,
+    MOST_TILE_WEIGHTS,
+    PROGRAM_BYTES,
+    encoding_needs,
+    kernel_uses,
+)
 from sq_stream.parallel import Workers
 from sq_stream.quantize.metric import DenseMetric, FactorMetric
 from sq_stream.quantize.shape import Shaper
@@ -57,6 +64,32 @@ def test_a_shaped_tile(n_in: int, is_dense: bool) -> None:
         shaper.shape(w)  # compiled
         with allocating(0.6 * needed, needed):
             shaper.shape(w)
+
+
+TENSORS = [((100_000, 768), Q6_K), ((768, 1536), Q4_K), ((1536, 768), Q4_K), ((768,), F32)]
+
+
+@pytest.mark.parametrize("ranks", [None, {}, {1536: 256}])
+def test_the_largest_tile_is_what_memory_allows(ranks: dict[int, int] | None) -> None:
+    needs = encoding_needs(TENSORS, vocabulary_bytes=2**20, threads=2, ranks=ranks)
+    assert needs.largest_tile(2**40) == MOST_TILE_WEIGHTS
+    limited = 0
+    for max_ram in range(needs.smallest, needs.at(MOST_TILE_WEIGHTS), 2**19):
+        tile = needs.largest_tile(max_ram)
+        assert needs.at(tile) <= max_ram
+        limited += needs.at(tile + 2**16) > max_ram
+    assert limited > 10
+
+
+def test_what_is_compiled_needs_no_memory_to_compile() -> None:
+    types = [block_type for _, block_type in TENSORS]
+    for ranks in (None, {}):
+        uses = kernel_uses(types, shaped=ranks is not None)
+        assert len(uses) == 2
+        first, second = (
+            encoding_needs(TENSORS, vocabulary_bytes=0, threads=2, ranks=ranks, kept=kept) for kept in ((), uses)
+        )
+        assert second.program == PROGRAM_BYTES < first.program
 
 
 @pytest.mark.parametrize("rank", [N_IN, RANK])

@@ -13,8 +13,12 @@ from sq_stream import api
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.demo import model_folder
+from sq_stream.formats.blocks import BF16, F16
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.gguf_layout import lay_out
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.formats.gguf_write import GGUFFile
+from sq_stream.kernels.codec import decode, encode
 from sq_stream.models.forward import find_decoder, forward, linears_by_norm
 from sq_stream.quantize.smooth import EXPONENT, channel_factors, find_factors
 
@@ -104,3 +108,26 @@ def test_a_smoothed_file_is_compared_with_what_it_was_made_from(tmp_path):
         assert (smoothed.read_rows(norm, 0, 1) != plain.read_rows(norm, 0, 1)).any()
     for check in api.verify(path, against=model):
         assert check.relative_error < (1e-6 if check.type == "F32" else 0.1), check
+
+
+@pytest.mark.parametrize("block_type", [F16, BF16])
+def test_norms_of_any_type_are_compared(block_type, tmp_path):
+    """Other programs store norms as they like."""
+    model, ours, theirs = model_folder(), tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    api.quantize(model, ours, recipe="q8_0", effort="fast")
+    with GGUFReader.open(ours) as reader:
+        types = {n: block_type if n.endswith("_norm.weight") else t.block_type for n, t in reader.tensors.items()}
+        tensors = [(name, tensor.shape, types[name]) for name, tensor in reader.tensors.items()]
+        layout = lay_out(list(reader.metadata.values()), tensors)
+        with GGUFFile.create(theirs, layout) as file:
+            for place in layout.tensors:
+                rows = reader.read_rows(place.name, 0, place.n_rows)
+                if types[place.name] == block_type:
+                    rows = encode(decode(rows, reader.tensors[place.name].block_type), block_type)
+                file.write_rows(place, 0, rows)
+            file.commit()
+    norms = 0
+    for check in api.verify(theirs, against=model):
+        assert check.relative_error < (0.02 if check.type == "Q8_0" else 0.004), check
+        norms += check.type == block_type.name
+    assert norms > 4

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -67,18 +68,26 @@ class Calibration:
         """Bytes that computing it puts into the store's folder, at the peak."""
         return self.pending.peak_disk if self.pending else 0
 
-    def check_disk(self) -> None:
+    def check_disk(self, output: Path | None = None, output_bytes: int = 0) -> None:
         """Make sure that there is room for what is to be computed.
+
+        Args:
+            output: folder of a file that is written besides.
+            output_bytes: that it will yet take, on the same disk perhaps.
 
         Raises:
             DoesNotFitError: the disk is too small.
         """
         folder = next(path for path in (self.store.folder, *self.store.folder.absolute().parents) if path.exists())
         free, needed = shutil.disk_usage(folder).free, self.peak_disk - self.store.n_bytes(self.identity)
+        what = f"calibration needs up to {format_size(needed)} of disk space"
+        if output is not None and output.stat().st_dev == folder.stat().st_dev:
+            needed += output_bytes
+            what += f", the file on the same disk {format_size(output_bytes)},"
         if free < needed:
             raise DoesNotFitError(
-                f"{self.store.folder}: calibration needs up to {format_size(needed)} of disk space and "
-                f"{format_size(free)} are free: make room, or choose another place with --cache"
+                f"{self.store.folder}: {what} and {format_size(free)} are free: "
+                "make room, or choose another place with --cache"
             )
 
     def run(self, on_event: OnEvent = ignore) -> Sketches:

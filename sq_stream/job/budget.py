@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sq_stream.calibrate import budget as calibrate_budget
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.errors import DoesNotFitError
@@ -19,14 +20,28 @@ from sq_stream.units import format_size
 MIB = 2**20
 SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
 
-# Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba while it compiles all the kernels. Measured
-# as the peak memory that `quantize` states for a small model with an empty NUMBA_CACHE_DIR.
-FIXED_BYTES = 320 * MIB
-# The same where tensors are shaped, for each type they are shaped to.
-COMPILING_BYTES = 40 * MIB
+# Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba with kernels that it finds compiled.
+PROGRAM_BYTES = 160 * MIB
+# What Numba takes to compile anything, and what it keeps of having compiled the encoders of some types. All of these
+# are from the peak memory that `quantize` states for a small model, with a filled and with an empty NUMBA_CACHE_DIR.
+COMPILER_BYTES = 20 * MIB
+KERNEL_BYTES = {
+    ("Q4_K", "Q5_K"): 85 * MIB,
+    ("Q6_K",): 75 * MIB,
+    ("Q5_0", "Q5_1"): 85 * MIB,
+    ("Q8_0",): 25 * MIB,
+}
+# The same for each type that tensors are shaped to.
+SHAPING_KERNEL_BYTES = 30 * MIB
+# And of all decoders, which read a file back.
+DECODER_BYTES = 40 * MIB
+# Packed panels that BLAS keeps for each thread where tensors are shaped.
+BLAS_BYTES = 6 * MIB
+# The part of a calibration's memory that the allocator keeps when tensors are shaped in the same process.
+RETAINED_SHARE = 1 / 3
 # Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
-# transformed (8), the encoded bytes (up to 4), and what the allocator keeps.
-BYTES_PER_WEIGHT = 20
+# transformed (8), the encoded bytes (2, or 4 of rare types), and a truth value.
+BYTES_PER_WEIGHT = 11
 # The same where the tile is shaped: the tile, wanted values, errors, codes and E Sᵀ; and for a row, work on a panel.
 BYTES_PER_SHAPED_WEIGHT = 20
 BYTES_PER_SHAPED_ROW = 8192
@@ -63,17 +78,40 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class EncodingNeeds:
-    """Resident bytes of encoding: what does not depend on the tile, and `per_weight` of at least `least_tile`."""
+class TensorNeeds:
+    """Resident bytes of encoding a tensor: `fixed`, and `per_weight` of a tile."""
 
     fixed: int
     per_weight: int
     least_tile: int
+    n_weights: int
+
+    def at(self, tile: int) -> int:
+        """With tiles of about `tile` weights."""
+        return self.fixed + self.per_weight * min(self.n_weights, max(tile, self.least_tile))
+
+
+@dataclass(frozen=True)
+class EncodingNeeds:
+    """Resident bytes of encoding: those of the program, and of its tensors, one at a time."""
+
+    program: int
+    tensors: frozenset[TensorNeeds]
 
     @property
     def smallest(self) -> int:
-        """With the least tile."""
-        return self.fixed + self.per_weight * self.least_tile
+        """With the least tiles."""
+        return self.at(0)
+
+    def at(self, tile: int) -> int:
+        """With tiles of about `tile` weights."""
+        return self.program + max(tensor.at(tile) for tensor in self.tensors)
+
+    def largest_tile(self, max_ram: int) -> int:
+        """The largest tile with which `max_ram` bytes do."""
+        free = max_ram - self.program
+        limited = [(free - t.fixed) // t.per_weight for t in self.tensors if t.at(t.n_weights) > free]
+        return min([MOST_TILE_WEIGHTS, *limited])
 
 
 def encoding_needs(
@@ -82,6 +120,7 @@ def encoding_needs(
     vocabulary_bytes: int,
     threads: int,
     ranks: Mapping[int, int] | None = None,
+    kept: Collection[str] = (),
 ) -> EncodingNeeds:
     """What encoding needs, whatever `--max-ram` says.
 
@@ -90,21 +129,37 @@ def encoding_needs(
         vocabulary_bytes: size of the tokenizer files that planning reads.
         threads: kernel threads.
         ranks: where tensors are shaped, the ranks of sketches by width; other widths are exact. None: none is shaped.
+        kept: those of `kernel_uses` whose kernels need not be compiled.
     """
-    longest_row = max(shape[-1] for shape, _ in tensors)
-    largest_tensor = max(math.prod(shape) for shape, _ in tensors)
-    fixed = FIXED_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
-    shaped = {(block_type, shape[-1]) for shape, block_type in tensors if block_type.name in SHAPED_TYPES}
-    if ranks is None or not shaped:
-        return EncodingNeeds(fixed, BYTES_PER_WEIGHT, min(longest_row, largest_tensor))
-    widths = {width for _, width in shaped}
-    return EncodingNeeds(
-        fixed=fixed
-        + COMPILING_BYTES * len({block_type for block_type, _ in shaped})
-        + max(_metric_bytes(width, ranks.get(width), threads) for width in widths),
-        per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // min(widths),
-        least_tile=min(SLAB * longest_row, largest_tensor),
-    )
+    program = PROGRAM_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
+    missing = kernel_uses((block_type for _, block_type in tensors), shaped=ranks is not None) - set(kept)
+    if missing:
+        program += COMPILER_BYTES + _kernel_bytes(missing)
+
+    def needs(shape: tuple[int, ...], block_type: BlockType) -> TensorNeeds:
+        n_weights, n_in = math.prod(shape), shape[-1]
+        if ranks is None or block_type.name not in SHAPED_TYPES:
+            return TensorNeeds(0, BYTES_PER_WEIGHT, SLAB * n_in, n_weights)
+        return TensorNeeds(
+            fixed=_metric_bytes(n_in, ranks.get(n_in), threads) + BLAS_BYTES * threads,
+            per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // n_in,
+            least_tile=SLAB * n_in,
+            n_weights=n_weights,
+        )
+
+    return EncodingNeeds(program, frozenset(needs(shape, block_type) for shape, block_type in tensors))
+
+
+def kernel_uses(types: Iterable[BlockType], *, shaped: bool) -> set[str]:
+    """What kernels are used for, as `kernels.cache` remembers it: block types, encoded plainly or shaped."""
+    return {f"{t.name}-shaped" if shaped and t.name in SHAPED_TYPES else t.name for t in types if t.name != "F32"}
+
+
+def _kernel_bytes(uses: Collection[str]) -> int:
+    """Resident bytes of having compiled kernels."""
+    types = {use.removesuffix("-shaped") for use in uses}
+    encoders = sum(n_bytes for group, n_bytes in KERNEL_BYTES.items() if not types.isdisjoint(group))
+    return encoders + SHAPING_KERNEL_BYTES * sum(use.endswith("-shaped") for use in uses)
 
 
 def _metric_bytes(n_in: int, rank: int | None, threads: int) -> int:
@@ -117,6 +172,7 @@ def _metric_bytes(n_in: int, rank: int | None, threads: int) -> int:
 def make_budget(
     tensors: Sequence[tuple[tuple[int, ...], BlockType]],
     needs: EncodingNeeds,
+    likely: EncodingNeeds,
     *,
     file_bytes: int,
     max_ram: int,
@@ -127,7 +183,9 @@ def make_budget(
 
     Args:
         tensors: row-major shape and type of every tensor of the output.
-        needs: of encoding them.
+        needs: of encoding them while kernels are compiled, which decides what fits: the same job must be the same
+            job when they are compiled already.
+        likely: of encoding them with the kernels that are there, which is what will be measured.
         file_bytes: size of the finished file.
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: kernel threads.
@@ -142,12 +200,11 @@ def make_budget(
             f"the smallest that works is --max-ram {-(-needs.smallest // MIB)}M"
         )
     n_weights = sum(math.prod(shape) for shape, _ in tensors)
-    largest_tensor = max(math.prod(shape) for shape, _ in tensors)
-    tile = min(largest_tensor, MOST_TILE_WEIGHTS, (max_ram - needs.fixed) // needs.per_weight)
-    tile = max(tile, needs.least_tile)
-    peak_ram, forward = needs.fixed + needs.per_weight * tile, 0.0
+    tile = needs.largest_tile(max_ram)
+    peak_ram, forward = likely.at(tile), 0.0
     if calibration:
-        peak_ram = max(peak_ram, calibration.peak_ram)
+        retained = int(RETAINED_SHARE * max(0, calibration.peak_ram - calibrate_budget.FIXED_BYTES))
+        peak_ram = max(peak_ram + retained, calibration.peak_ram)
         forward = n_weights * calibration.n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
     else:
@@ -166,11 +223,11 @@ def verify_tile(max_ram: int) -> int:
     Raises:
         DoesNotFitError: `max_ram` does not hold the program itself.
     """
-    tile = (max_ram - FIXED_BYTES) // BYTES_PER_WEIGHT
+    fixed = PROGRAM_BYTES + COMPILER_BYTES + DECODER_BYTES
+    tile = (max_ram - fixed) // BYTES_PER_WEIGHT
     if tile <= 0:
         raise DoesNotFitError(
-            f"--max-ram {format_size(max_ram)} is too small: "
-            f"the smallest that works is --max-ram {FIXED_BYTES // MIB + 1}M"
+            f"--max-ram {format_size(max_ram)} is too small: the smallest that works is --max-ram {fixed // MIB + 1}M"
         )
     return min(tile, MOST_TILE_WEIGHTS)
 

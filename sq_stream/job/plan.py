@@ -13,10 +13,11 @@ from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_layout import FileLayout, TensorLayout, lay_out
-from sq_stream.job.budget import Budget, check_disk, encoding_needs, make_budget
+from sq_stream.job.budget import Budget, check_disk, encoding_needs, kernel_uses, make_budget
 from sq_stream.job.identity import general_entries
 from sq_stream.job.settings import Settings
 from sq_stream.job.statistics import Statistics, find_statistics
+from sq_stream.kernels.cache import kept_kernels
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.quantize.recipe import RECIPES, choose_types, parse_override
@@ -113,9 +114,12 @@ def make_plan(settings: Settings) -> Plan:
         [(t.name, t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)],
     )
     calibration = statistics.calibration if statistics else None
+    ranks = calibration.ranks if calibration else None
+    uses = kernel_uses((choice.block_type for choice in choices), shaped=ranks is not None)
     budget = make_budget(
         shapes,
-        needs(ranks=calibration.ranks if calibration else None),
+        needs(ranks=ranks),
+        needs(ranks=ranks, kept=kept_kernels(uses)),
         file_bytes=layout.total_bytes,
         max_ram=settings.max_ram,
         threads=settings.threads,
@@ -160,6 +164,7 @@ def check_output(plan: Plan) -> None:
         raise UsageError(f"{output} exists: name another file with -o, or replace it with --overwrite")
     partial = partial_path(output)
     reserved = partial.stat().st_blocks * 512 if partial.exists() else 0
-    check_disk(output.parent, plan.budget.peak_disk - reserved)
-    if plan.calibration is not None:
-        plan.calibration.check_disk()
+    needed = plan.budget.peak_disk - reserved
+    check_disk(output.parent, needed)
+    if plan.calibration is not None and plan.calibration.pending:
+        plan.calibration.check_disk(output.parent, needed)

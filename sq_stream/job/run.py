@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +17,19 @@ from sq_stream.calibrate.sketches import Sketches
 from sq_stream.errors import InterruptedJobError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
 from sq_stream.formats.atomic import partial_path
+from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.checkpoint import check_finite
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
+from sq_stream.job.budget import kernel_uses
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
 from sq_stream.job.record import Record, is_measured, measure, read_record, recording
 from sq_stream.job.statistics import gather
 from sq_stream.job.tiles import row_tiles
 from sq_stream.job.timeline import peak_ram
 from sq_stream.job.verify import check_tensors
+from sq_stream.kernels.cache import mark_kept
 from sq_stream.models.forward import linears_by_norm
 from sq_stream.parallel import Workers
 
@@ -86,6 +89,7 @@ def _write(plan: Plan, on_event: OnEvent, publish: Publish | None) -> None:
 def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *, measured: bool = False) -> None:
     """Fill the partial file and read it back; if it is to be `measured`, put into the journal what was found."""
     checksums = _checksums(journal)
+    types = [tensor.type for tensor in plan.tensors if tensor.source.name not in checksums]
     to_measure = measured and not is_measured(plan, journal)
     sketches = None
     if plan.statistics is not None and (len(checksums) < len(plan.tensors) or to_measure):
@@ -97,6 +101,7 @@ def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *,
             measure(plan, sketches, factors, journal, file.partial, on_event)
     with GGUFReader.open(file.partial) as reader:
         check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
+    _remember_kernels(types, shaped=plan.calibration is not None, on_event=on_event)
 
 
 def _checksums(journal: Journal) -> dict[str, int]:
@@ -169,6 +174,18 @@ def _encode(
                 on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
             done += n_weights
             on_event(Progress("encode", name, done, plan.n_weights))
+
+
+def _remember_kernels(types: Sequence[BlockType], *, shaped: bool, on_event: OnEvent) -> None:
+    """Let the next plan know what need not be compiled again, or tell why it has to be."""
+    from sq_stream.kernels.jit import cache_failure
+
+    failure = cache_failure()
+    if failure is None:
+        with suppress(OSError):
+            mark_kept(kernel_uses(types, shaped=shaped))
+    else:
+        on_event(Note(f"compiled kernels could not be kept ({failure}): the next run compiles them again"))
 
 
 def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, NDArray[np.float32]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sq_stream.calibrate.calibration import Calibration, plan_calibration
-from sq_stream.calibrate.corpus import build_corpus
+from sq_stream.calibrate.corpus import WINDOWS, build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
 from sq_stream.calibrate.shingles import sample
 from sq_stream.calibrate.sketches import Sketches
@@ -21,8 +21,6 @@ from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
 from sq_stream.text.encode import Tokenizer
 from sq_stream.text.vocabulary import Vocabulary
-
-PARTS = (60, 120)  # windows of the convergence and held-out parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +74,7 @@ def find_statistics(
         ctx=settings.ctx,
         files=settings.calib,
         extend=settings.calib_extend,
-        windows=(settings.windows, *PARTS),
+        windows=(settings.windows, *WINDOWS[1:]),
     )
     calibration = plan_calibration(
         checkpoint,

@@ -54,12 +54,14 @@ class Source:
 
     def read(self, reader: GGUFReader, name: str, rows: slice) -> NDArray[np.float32]:
         """Rows of a tensor [n_tile, n_in], smoothed as the norm before it shows that it was in the file."""
+        from sq_stream.kernels.codec import decode
+
         w = self.maps[name].read(self.checkpoint, rows.start, rows.stop)
         if name not in self.norms:
             return w
         norm = self.norms[name]
         plain = self.maps[norm].read(self.checkpoint, 0, 1)[0]
-        stored = reader.read_rows(norm, 0, 1).view("<f4")[0]
+        stored = decode(reader.read_rows(norm, 0, 1), reader.tensors[norm].block_type)[0]
         factors = np.divide(plain, stored, out=np.ones_like(plain), where=stored != 0)  # [n_in]
         if name == norm:
             w /= factors

@@ -6,13 +6,14 @@ Source of the layouts: `block_q4_K`, `block_q5_K` in llama.cpp's ggml-common.h a
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from sq_stream.formats.blocks import Q4_K, Q5_K, BlockType
 from sq_stream.kernels.affine_fit import BLOCK, BLOCKS, DMIN, N_LANES, SC, X_MAX, D, M, fit_super_blocks
 from sq_stream.kernels.floats import fp16_bits
 from sq_stream.kernels.importance import column_weights
+from sq_stream.kernels.jit import jit
 
 _TILE = N_LANES // BLOCKS  # super-blocks fitted side by side
 
@@ -51,14 +52,14 @@ def _encode(
     return blocks
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@jit(parallel=True)
 def _encode_tiles(x, weights, q_max, blocks):
     """Encode super-blocks x [n, 256] with weights [n_in / 256, 256] into blocks [n, block_bytes]."""
     for tile in prange((len(x) + _TILE - 1) // _TILE):
         _encode_tile(x, weights, q_max, tile * _TILE, blocks)
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@jit(inline="always")
 def _encode_tile(x, weights, q_max, first, blocks):
     """Encode super-blocks `first` to `first + _TILE`, as far as there are."""
     lanes_x, lanes_w = np.zeros((BLOCK, N_LANES), np.float32), np.ones((BLOCK, N_LANES), np.float32)
@@ -78,7 +79,7 @@ def _encode_tile(x, weights, q_max, first, blocks):
         _pack(grid, codes, s * BLOCKS, sign[s], blocks[first + s])
 
 
-@njit(cache=True, error_model="numpy")
+@jit()
 def _orientation(x):
     """−1 where −x [256] suits the format better: its offset −dmin·m is meant for blocks that reach below zero.
 
@@ -95,7 +96,7 @@ def _orientation(x):
     return np.float32(-1) if above > below else np.float32(1)
 
 
-@njit(cache=True, error_model="numpy")
+@jit()
 def _pack(grid, codes, first, sign, block):
     """Write the super-block in lanes first to first + 7 as Q4_K or Q5_K: the length of `block` says which."""
     largest_sc = largest_m = np.float32(0)

@@ -14,9 +14,9 @@ are fitted jointly, by least squares over the super-block.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_value
+from sq_stream.kernels.jit import jit
 
 N_LANES = 128
 BLOCK = 32
@@ -36,7 +36,7 @@ _SINGULAR = np.float32(1e-6)  # relative determinant below which scale and low c
 _SPANS = (np.float32(1), np.float32(1.03), np.float32(0.8))  # what the codes span at first, over what the block spans
 _SEARCHES = ((-4, 7, 4, 2), (-1, 1, 1, 1))  # arguments of search_grid: wide and every other pair, then all next pairs
 
-_leaf = njit(cache=True, error_model="numpy")
+_leaf = jit()
 
 
 @_leaf
@@ -282,12 +282,12 @@ def write_codes(x, q_max, grid, codes):
             codes[i, j] = np.uint8(_round_clipped((x[i, j] + grid[DMIN, j] * grid[M, j]) * inverse, q_max))
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@jit(inline="always")
 def _round_clipped(x, largest):
     return min(max(x, _ZERO), largest) + _ROUND - _ROUND
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@jit(inline="always")
 def _inverse(scale):
     return _ONE / scale if scale > _NEGLIGIBLE else _ZERO
 

@@ -6,12 +6,13 @@ Source of the layouts: the `block_*` structs of llama.cpp's ggml-common.h and `d
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from sq_stream.kernels.floats import fp16_value
+from sq_stream.kernels.jit import jit
 
-_leaf = njit(cache=True, error_model="numpy")
-_driver = njit(cache=True, parallel=True, error_model="numpy")
+_leaf = jit()
+_driver = jit(parallel=True)
 
 
 @_leaf

@@ -11,13 +11,15 @@ codes with a running gradient is that of QuantEase (arXiv:2309.01885).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from sq_stream.kernels.jit import jit
 
 _ZERO = np.float32(0)
 _HALF = np.float32(0.5)
 
-_leaf = njit(cache=True, error_model="numpy")
-_driver = njit(cache=True, parallel=True, error_model="numpy")
+_leaf = jit()
+_driver = jit(parallel=True)
 
 
 @_leaf

@@ -6,7 +6,9 @@ Source of the branch-free conversions: F. Giesen, "Float->half variants" and "Ha
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from sq_stream.kernels.jit import jit
 
 FP16_MAX = np.float32(65504.0)
 FP16_OVERFLOW = np.float32(65520.0)  # rounds to infinity, as all beyond
@@ -23,7 +25,7 @@ _INFINITY_F32 = np.uint32(0x7F80_0000)
 _QUIET_NAN = np.uint32(0x7E00)
 _WIDEN = np.float32(2.0**112)
 
-_leaf = njit(cache=True, inline="always", error_model="numpy")
+_leaf = jit(inline="always")
 
 
 @_leaf
@@ -67,7 +69,7 @@ def storable_bits(x):
     return np.uint16(bits | np.uint32(1)) if vanished else np.uint16(bits)
 
 
-_driver = njit(cache=True, parallel=True, error_model="numpy")
+_driver = jit(parallel=True)
 
 
 @_driver

@@ -6,12 +6,13 @@ Source of the layouts: `block_q5_0`, `block_q5_1` in llama.cpp's ggml-common.h.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from sq_stream.formats.blocks import Q5_0, Q5_1
 from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_nearest, fp16_value, storable_bits
 from sq_stream.kernels.importance import column_weights
+from sq_stream.kernels.jit import jit
 from sq_stream.kernels.q5_search import X_MAX, search_affine, search_centered
 from sq_stream.kernels.trials import TRIALS, best_scales, extremes, reciprocal
 
@@ -22,9 +23,9 @@ _ZERO = np.float32(0)
 _HIGHEST = np.float32(31)
 _FRACTION = np.float32(2.0**16)  # rounding residues are summed as integers in these units: exact, so in any order
 
-_leaf = njit(cache=True, inline="always", error_model="numpy")
-_stage = njit(cache=True, error_model="numpy")
-_driver = njit(cache=True, parallel=True, error_model="numpy")
+_leaf = jit(inline="always")
+_stage = jit()
+_driver = jit(parallel=True)
 
 
 def encode_q5_0(x: NDArray[np.float32], importance: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:

@@ -6,9 +6,9 @@ A block's grid is x ≈ d·q + m with q in 0..31; the centered one of Q5_0 has m
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from sq_stream.kernels.floats import FP16_MAX, fp16_nearest
+from sq_stream.kernels.jit import jit
 from sq_stream.kernels.trials import TRIALS, extremes, lowest, reciprocal, signed_peak
 
 BLOCK = 32
@@ -25,8 +25,8 @@ _ZERO = np.float32(0)
 _HIGHEST = np.float32(31)
 _SINGULAR = np.float32(1e-6)  # relative determinant below which d and m cannot be told apart
 
-_leaf = njit(cache=True, inline="always", error_model="numpy")
-_stage = njit(cache=True, error_model="numpy")
+_leaf = jit(inline="always")
+_stage = jit()
 
 
 @_stage

@@ -10,12 +10,13 @@ Source of the layout: `block_q6_K` in llama.cpp's ggml-common.h.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from sq_stream.formats.blocks import Q6_K
 from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_value, storable_bits
 from sq_stream.kernels.importance import column_weights
+from sq_stream.kernels.jit import jit
 from sq_stream.kernels.trials import TRIALS, lowest, signed_peak
 
 GROUP = 16
@@ -30,7 +31,7 @@ _FIRST_SCALES = (116, 123)  # of the group with the greatest peak: whole, and wi
 _REFITS = 2
 _X_MAX = np.float32(FP16_MAX * 32 * 128)  # beyond all that can be stored
 
-_leaf = njit(cache=True, error_model="numpy")
+_leaf = jit()
 
 
 def encode_q6_k(x: NDArray[np.float32], importance: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
@@ -56,7 +57,7 @@ def encode_q6_k(x: NDArray[np.float32], importance: NDArray[np.float32] | None =
     return data
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@jit(parallel=True)
 def _encode_rows(x, weights, blocks):
     """Encode x [n_rows, n_blocks, 256] with weights [n_blocks, 256] into blocks [n_rows, n_blocks, 210]."""
     for row in prange(len(x)):

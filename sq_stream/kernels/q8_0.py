@@ -6,11 +6,12 @@ Source of the layout: `block_q8_0` in llama.cpp's ggml-common.h.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from sq_stream.formats.blocks import Q8_0
 from sq_stream.kernels.floats import fp16_value, storable_bits
+from sq_stream.kernels.jit import jit
 from sq_stream.kernels.trials import TRIALS, best_scales, reciprocal
 
 # Whole levels are among them, so that what has been decoded is encoded without loss.
@@ -37,14 +38,14 @@ def encode_q8_0(x: NDArray[np.float32], importance: NDArray[np.float32] | None =
     return data
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@jit(parallel=True)
 def _encode_rows(x, blocks):
     """Encode x [n_rows, n_blocks, 32] into blocks [n_rows, n_blocks, 34]."""
     for row in prange(len(x)):
         _encode_row(x[row], blocks[row])
 
 
-@njit(cache=True, error_model="numpy")
+@jit()
 def _encode_row(x, blocks):
     d, d_bits = np.empty(len(x), np.float32), np.empty(len(x), np.uint16)
     best_scales(x, _LEVELS, _HIGHEST, d)

@@ -7,16 +7,17 @@ the objective is a parabola, so each best move is in closed form, and the stored
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from sq_stream.kernels.descent import dot, step_cost, times_metric
 from sq_stream.kernels.floats import FP16_MAX, fp16_bits, fp16_value
+from sq_stream.kernels.jit import jit
 
 _ZERO = np.float32(0)
 _SINGULAR = np.float32(1e-6)
 
-_leaf = njit(cache=True, error_model="numpy")
-_driver = njit(cache=True, parallel=True, error_model="numpy")
+_leaf = jit()
+_driver = jit(parallel=True)
 
 
 @_driver

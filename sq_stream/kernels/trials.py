@@ -7,7 +7,8 @@ reordered: the result is the same on every machine. Rounding is to nearest, ties
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from sq_stream.kernels.jit import jit
 
 TRIALS = 16  # lanes: candidates tried together
 
@@ -17,7 +18,7 @@ _TINY = np.float32(2.0**-120)  # a value below this counts as zero: its reciproc
 _INDEX_BITS = np.uint32(TRIALS - 1)
 
 # Inlined leaves cost no call; integers stay uint32 since Numba widens all others.
-_leaf = njit(cache=True, inline="always", error_model="numpy")
+_leaf = jit(inline="always")
 
 
 @_leaf
@@ -72,7 +73,7 @@ def lowest(errors):
     return least & _INDEX_BITS
 
 
-@njit(cache=True, error_model="numpy")
+@jit()
 def best_scales(x, levels, highest, d):
     """For each block the scale d that has the least error among those that put its peak at one of `levels`.
 
