@@ -20,7 +20,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -45,7 +45,8 @@ from sq_stream.models.forward import forward, head_name, linears_by_norm
 from sq_stream.parallel import Workers
 from sq_stream.quantize import shape, smooth
 from sq_stream.quantize.encode import make_encoder
-from sq_stream.quantize.grids import GRIDS
+from sq_stream.quantize.grids import GRIDS, AffineSuperScales, Scales
+from sq_stream.quantize.shape import order_runs
 from sq_stream.units import parse_size
 
 Array = NDArray[np.float32]
@@ -63,7 +64,8 @@ class Variant:
     shrinkage: float = 0.0  # of the off-diagonals
     damping: float = shape.DAMPING
     sweeps: int = shape.MOST_SWEEPS  # of descent
-    by_energy: bool = True  # the panel with the most input energy first
+    by_energy: bool = True  # the panel, and in it the run of columns, with the most input energy first
+    trials: bool = True  # of scales and mins in the first pass
     smoothing: float = smooth.EXPONENT
     rescaling: float = 0.0  # exponent of a rescaling between ffn_up's rows and ffn_down's columns
 
@@ -96,7 +98,8 @@ ROWS = (
         for share in (0.1, 0.3)
         for name in ("ffn_up", "ffn_down")
     ),
-    Row("the panel with the most energy first", ("attn_output",), Variant(by_energy=False), PRODUCT),
+    Row("panels and runs of columns with the most energy first", ("attn_output",), Variant(by_energy=False), PRODUCT),
+    Row("scales and mins of the first pass by trial", ("attn_output",), Variant(trials=False), PRODUCT),
     Row("99% of a second moment's energy instead of all", (), PRODUCT, Variant(energy=0.99)),
     Row("all windows of the text instead of 96", (), Variant(windows=96), PRODUCT),
 )
@@ -224,12 +227,14 @@ def _as(variant: Variant) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(shape, DAMPING=variant.damping, MOST_SWEEPS=variant.sweeps))
         if not variant.by_energy:
-            stack.enter_context(patch.object(shape, "sorted", _as_they_come, create=True))
+            stack.enter_context(patch.object(shape, "order_runs", _as_they_come))
+        if not variant.trials:
+            stack.enter_context(patch.object(AffineSuperScales, "choose", Scales.choose))
         yield
 
 
-def _as_they_come(items: Sequence[int], key: Callable[[int], Any]) -> list[int]:
-    return list(items)
+def _as_they_come(diagonal: Array) -> list[NDArray[np.int64]]:
+    return order_runs(np.ones_like(diagonal))
 
 
 def round_to_8_bits(x: Array) -> Array:

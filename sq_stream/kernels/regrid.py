@@ -8,7 +8,9 @@ the loop over lanes vectorizes although no sum is ever reordered. Conventions ar
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from sq_stream.kernels.jit import jit
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -19,8 +21,8 @@ BLOCK = 32
 SC_REACH, M_REACH = 8, 4
 LANES = (2 * SC_REACH + 1) * (2 * M_REACH + 1)
 
-_leaf = njit(cache=True, error_model="numpy")
-_driver = njit(cache=True, parallel=True, error_model="numpy")
+_leaf = jit()
+_driver = jit(parallel=True)
 
 
 @_driver
