@@ -66,8 +66,8 @@ class Variant:
     sweeps: int = shape.MOST_SWEEPS  # of descent
     by_energy: bool = True  # the panel, and in it the run of columns, with the most input energy first
     trials: bool = True  # of scales and mins in the first pass
-    smoothing: float = smooth.EXPONENT
-    rescaling: float = 0.0  # exponent of a rescaling between ffn_up's rows and ffn_down's columns
+    smoothing: float = smooth.EXPONENT  # between norms and the columns of the linears that they enter
+    rescaling: float = smooth.EXPONENT  # the same between ffn_up's rows and ffn_down's columns
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Row:
     with_it: Variant
 
 
-PRODUCT, UNSMOOTHED = Variant(), Variant(smoothing=0)
+PRODUCT, UNSMOOTHED, UNSCALED = Variant(), Variant(smoothing=0, rescaling=0), Variant(rescaling=0)
 GATE_UP, QKV = ("ffn_gate", "ffn_up"), ("attn_q", "attn_k", "attn_v")
 ROWS = (
     Row("second moments instead of mean squares", (), replace(UNSMOOTHED, diagonal=True), UNSMOOTHED),
@@ -90,8 +90,10 @@ ROWS = (
     Row("smoothing, exponent ½", GATE_UP, UNSMOOTHED, Variant(smoothing=0.5)),
     Row("smoothing, exponent ¼", QKV, UNSMOOTHED, PRODUCT),
     Row("smoothing, exponent ¼", (), UNSMOOTHED, PRODUCT),
-    Row("up's rows and down's columns rescaled, exponent ¼", ("ffn_down",), PRODUCT, Variant(rescaling=0.25)),
-    Row("up's rows and down's columns rescaled, exponent ½", ("ffn_down",), PRODUCT, Variant(rescaling=0.5)),
+    Row("up's rows and down's columns rescaled, exponent ¼", ("ffn_down",), UNSCALED, PRODUCT),
+    Row(
+        "up's rows and down's columns rescaled, exponent ½", ("ffn_down",), Variant(rescaling=0), Variant(rescaling=0.5)
+    ),
     Row("damping 10% of the mean diagonal instead of 1%", ("ffn_up",), PRODUCT, Variant(damping=0.1)),
     *(
         Row(f"off-diagonals shrunk by {share:.0%}", (name,), PRODUCT, Variant(shrinkage=share))
@@ -185,7 +187,7 @@ class Bench:
                 rows[norm] = np.reciprocal(factors)
         for name in names:
             if variant.rescaling and "ffn_down" in name:
-                columns[name] = _factors(sketches[name], variant.rescaling)
+                columns[name] = smooth.round_factors(_factors(sketches[name], variant.rescaling))
                 rows[name.replace("ffn_down", "ffn_up")] = np.reciprocal(columns[name])
         return columns, rows
 

@@ -33,6 +33,11 @@ def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_starting_up_loads_no_compiler() -> None:
+    code = "import sys, sq_stream.cli; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_reference_in_the_docs_is_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
     assert spec is not None

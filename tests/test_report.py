@@ -31,6 +31,7 @@ from sq_stream.job import timeline
 from sq_stream.kernels.codec import decode, encode
 from sq_stream.parallel import Workers
 from sq_stream.quantize.measure import ErrorMeter
+from sq_stream.quantize.smooth import UNSCALED, Scaling
 from sq_stream.report import files, page
 from sq_stream.report.charts import Axis, Line, linear_axis, log_axis, plot, spread
 from sq_stream.report.content import evaluation_content
@@ -212,15 +213,16 @@ def test_errors_are_those_of_the_outputs(smoothed: bool, rank: int) -> None:
     w = random.standard_normal((130, 256)).astype(np.float32)
     residual = random.uniform(0.1, 1, 256).astype(np.float32)
     sketch = Sketch(7, residual, random.standard_normal((rank, 256)).astype(np.float32))
-    factors = random.uniform(0.5, 2, 256).astype(np.float32) if smoothed else None
-    blocks = encode(w if factors is None else w * factors, Q4_K)
+    columns, rows = (random.uniform(0.5, 2, n).astype(np.float32) for n in (256, 130))
+    scaling = Scaling(columns, rows) if smoothed else UNSCALED
+    blocks = encode(scaling.apply(w.copy(), slice(0, 130)), Q4_K)
     with Workers(2) as workers:
-        meter = ErrorMeter(Q4_K, sketch, factors, workers)
-        meter.add(w[:128], blocks[:128])
-        meter.add(w[128:], blocks[128:])
+        meter = ErrorMeter(Q4_K, sketch, scaling, workers)
+        for tile in (slice(0, 128), slice(128, 130)):
+            meter.add(w[tile], blocks[tile], tile)
         result = meter.result()
     a = np.diag(residual.astype(float)) + sketch.factor.T.astype(float) @ sketch.factor
-    stored = (decode(blocks, Q4_K) / (1 if factors is None else factors) - w).astype(float)
+    stored = (decode(blocks, Q4_K) / (columns * rows[:, None] if smoothed else 1) - w).astype(float)
     plain = (decode(encode(w, Q4_K), Q4_K) - w).astype(float)
     energy = np.trace(w @ a @ w.T)
     assert result.energy == pytest.approx(energy, rel=1e-5)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.spectrum import leading_energy
@@ -24,6 +23,7 @@ from sq_stream.job.tiles import row_tiles
 from sq_stream.job.timeline import Recorder, Stage, Timeline
 from sq_stream.parallel import Workers
 from sq_stream.quantize.measure import ErrorMeter, OutputError
+from sq_stream.quantize.smooth import UNSCALED, Scaling
 
 STAGE = "measure"
 EXACT_TYPES = frozenset(("F32",))  # in which a tensor has no error
@@ -55,7 +55,7 @@ class Record:
 
 
 def measure(
-    plan: Plan, sketches: Sketches | None, factors: Mapping[str, NDArray[np.float32]], journal: Journal,
+    plan: Plan, sketches: Sketches | None, scalings: Mapping[str, Scaling], journal: Journal,
     partial: Path, on_event: OnEvent,
 ) -> None:  # fmt: skip
     """Measure the errors of all tensors in the file at `partial`, and their inputs; what the journal has stays.
@@ -79,7 +79,7 @@ def measure(
                 if site is not None:
                     seen.update(site.linears)
                     journal.append({"site": asdict(site)})
-                error = _error(plan, tensor, sketches, factors.get(name), reader, workers)
+                error = _error(plan, tensor, sketches, scalings.get(name, UNSCALED), reader, workers)
                 journal.append({"measured": name, "error": asdict(error)})
             n_done += tensor.source.n_rows * tensor.source.n_in
             on_event(Progress(STAGE, name, n_done, plan.n_weights))
@@ -92,14 +92,14 @@ def is_measured(plan: Plan, journal: Journal) -> bool:
 
 
 def _error(
-    plan: Plan, tensor: PlannedTensor, sketches: Sketches | None, factors: NDArray[np.float32] | None,
+    plan: Plan, tensor: PlannedTensor, sketches: Sketches | None, scaling: Scaling,
     reader: GGUFReader, workers: Workers,
 ) -> OutputError:  # fmt: skip
     source = tensor.source
-    meter = ErrorMeter(tensor.type, sketches.get(source.name) if sketches else None, factors, workers)
+    meter = ErrorMeter(tensor.type, sketches.get(source.name) if sketches else None, scaling, workers)
     for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
         w = source.read(plan.checkpoint, rows.start, rows.stop)
-        meter.add(w, reader.read_rows(source.name, rows.start, rows.stop))
+        meter.add(w, reader.read_rows(source.name, rows.start, rows.stop), rows)
     return meter.result()
 
 

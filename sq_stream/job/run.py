@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sq_stream import __version__
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.errors import InterruptedJobError, UsageError
@@ -22,7 +19,7 @@ from sq_stream.formats.checkpoint import check_finite
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
-from sq_stream.job.budget import kernel_uses
+from sq_stream.job.budget import SHAPED_TYPES, kernel_uses
 from sq_stream.job.plan import Plan, PlannedTensor, check_output
 from sq_stream.job.record import Record, is_measured, measure, read_record, recording
 from sq_stream.job.statistics import gather
@@ -30,8 +27,9 @@ from sq_stream.job.tiles import row_tiles
 from sq_stream.job.timeline import peak_ram
 from sq_stream.job.verify import check_tensors
 from sq_stream.kernels.cache import mark_kept
-from sq_stream.models.forward import linears_by_norm
+from sq_stream.models.forward import linears_by_norm, linears_by_product
 from sq_stream.parallel import Workers
+from sq_stream.quantize.smooth import Scaling, find_scalings
 
 if TYPE_CHECKING:
     from sq_stream.quantize.encode import Encoder
@@ -95,10 +93,10 @@ def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *,
     if plan.statistics is not None and (len(checksums) < len(plan.tensors) or to_measure):
         sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
     with sketches or nullcontext():
-        factors = _smooth(plan, sketches)
-        _encode(plan, sketches, factors, file, journal, checksums, on_event)
+        scalings = _smooth(plan, sketches)
+        _encode(plan, sketches, scalings, file, journal, checksums, on_event)
         if to_measure:
-            measure(plan, sketches, factors, journal, file.partial, on_event)
+            measure(plan, sketches, scalings, journal, file.partial, on_event)
     with GGUFReader.open(file.partial) as reader:
         check_tensors(reader, plan.budget.tile_weights, on_event, checksums=checksums)
     _remember_kernels(types, shaped=plan.calibration is not None, on_event=on_event)
@@ -143,7 +141,7 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
 def _encode(
     plan: Plan,
     sketches: Sketches | None,
-    factors: Mapping[str, NDArray[np.float32]],
+    scalings: Mapping[str, Scaling],
     file: GGUFFile,
     journal: Journal,
     checksums: dict[str, int],
@@ -161,13 +159,13 @@ def _encode(
 
         def encoder(tensor: PlannedTensor) -> Encoder:
             name = tensor.source.name
-            return make_encoder(tensor.type, sketches.get(name) if sketches else None, workers, factors.get(name))
+            return make_encoder(tensor.type, sketches.get(name) if sketches else None, workers)
 
         for tensor in plan.tensors:
             n_weights = tensor.source.n_rows * tensor.source.n_in
             name = tensor.source.name
             if name not in checksums:
-                for n_encoded in _encode_tensor(plan, tensor, encoder, file, checksums):
+                for n_encoded in _encode_tensor(plan, tensor, encoder, scalings, file, checksums):
                     on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
                 file.sync()
                 journal.append({"tensor": name, "crc32": checksums[name]})
@@ -188,22 +186,22 @@ def _remember_kernels(types: Sequence[BlockType], *, shaped: bool, on_event: OnE
         on_event(Note(f"compiled kernels could not be kept ({failure}): the next run compiles them again"))
 
 
-def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, NDArray[np.float32]]:
-    """Factors of tensors by name, which `sketches` then take into account."""
-    from sq_stream.quantize.smooth import find_factors
-
+def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, Scaling]:
+    """Scalings of tensors by name, which `sketches` then take into account."""
     if sketches is None or plan.calibration is None:
         return {}
-    types = {tensor.source.name: tensor.type.name for tensor in plan.tensors}
-    factors = find_factors(linears_by_norm(plan.calibration.decoder, types), types, sketches)
-    sketches.smooth(factors)
-    return factors
+    decoder, names = plan.calibration.decoder, [tensor.source.name for tensor in plan.tensors]
+    shaped = {tensor.source.name for tensor in plan.tensors if tensor.type.name in SHAPED_TYPES}
+    scalings = find_scalings(linears_by_norm(decoder, names), linears_by_product(decoder, names), shaped, sketches)
+    sketches.smooth({name: scaling.columns for name, scaling in scalings.items() if scaling.columns is not None})
+    return scalings
 
 
 def _encode_tensor(
     plan: Plan,
     tensor: PlannedTensor,
     encoder: Callable[[PlannedTensor], Encoder],
+    scalings: Mapping[str, Scaling],
     file: GGUFFile,
     checksums: dict[str, int],
 ) -> Iterator[int]:
@@ -213,6 +211,8 @@ def _encode_tensor(
     for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
         x = source.read(plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
         check_finite(x, source.source or source.name, rows.start)
+        if source.name in scalings:
+            scalings[source.name].apply(x, rows)
         data = encode(x)  # [n_tile, row_bytes]
         file.write_rows(tensor.layout, rows.start, data)
         crc = zlib.crc32(data.data, crc)

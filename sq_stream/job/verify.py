@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.job.tiles import row_tiles
 from sq_stream.models import find
 from sq_stream.models.base import TensorMap
-from sq_stream.models.forward import find_decoder, linears_by_norm
+from sq_stream.models.forward import find_decoder, linears_by_norm, linears_by_product
+from sq_stream.quantize.smooth import Scaling, round_factors
 
 
 @dataclass(frozen=True)
@@ -36,38 +37,64 @@ class TensorCheck:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The checkpoint that a file was made from."""
+    """The checkpoint that a file was made from, and how the file shows that tensors were scaled."""
 
     checkpoint: Checkpoint
     maps: Mapping[str, TensorMap]  # by GGUF name
-    norms: Mapping[str, str]  # linear -> the norm that it may have been smoothed with
+    norms: Mapping[str, str]  # linear or norm -> the norm that it may have been smoothed with
+    products: Mapping[str, str]  # linear -> the one before it whose rows its columns may have been smoothed with
+    tile_weights: int
+    _rows: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reader: GGUFReader, checkpoint: Checkpoint) -> Source:
-        """The source of the file open in `reader`."""
+    def of(cls, reader: GGUFReader, checkpoint: Checkpoint, tile_weights: int) -> Source:
+        """The source of the file open in `reader`, to be read by that many values at a time."""
         mtp = any(".nextn." in name for name in reader.tensors)
         spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=mtp)
         maps = {tensor.name: tensor for tensor in spec.tensors}
-        groups = linears_by_norm(find_decoder(spec.arch, spec.metadata), maps)
-        norms = {name: norm for norm, linears in groups.items() for name in (norm, *linears)}
-        return cls(checkpoint, maps, norms)
+        decoder = find_decoder(spec.arch, spec.metadata)
+        norms = {name: norm for norm, linears in linears_by_norm(decoder, maps).items() for name in (norm, *linears)}
+        products = {after: before for before, after in linears_by_product(decoder, maps).items()}
+        return cls(checkpoint, maps, norms, products, tile_weights)
 
-    def read(self, reader: GGUFReader, name: str, rows: slice) -> NDArray[np.float32]:
-        """Rows of a tensor [n_tile, n_in], smoothed as the norm before it shows that it was in the file."""
-        from sq_stream.kernels.codec import decode
+    def read(self, name: str, rows: slice, scaling: Scaling) -> NDArray[np.float32]:
+        """Rows of a tensor [n_tile, n_in], scaled."""
+        return scaling.apply(self.maps[name].read(self.checkpoint, rows.start, rows.stop), rows)
 
-        w = self.maps[name].read(self.checkpoint, rows.start, rows.stop)
-        if name not in self.norms:
-            return w
-        norm = self.norms[name]
-        plain = self.maps[norm].read(self.checkpoint, 0, 1)[0]
-        stored = decode(reader.read_rows(norm, 0, 1), reader.tensors[norm].block_type)[0]
-        factors = np.divide(plain, stored, out=np.ones_like(plain), where=stored != 0)  # [n_in]
-        if name == norm:
-            w /= factors
-        else:
-            w *= factors
-        return w
+    def scaling(self, reader: GGUFReader, name: str) -> Scaling:
+        """What a tensor was multiplied by, as the file shows it."""
+        if name in self.norms:
+            norm = self.norms[name]
+            plain = self.maps[norm].read(self.checkpoint, 0, 1)[0]
+            stored = _decoded(reader, norm, slice(0, 1))[0]
+            factors = np.divide(plain, stored, out=np.ones_like(plain), where=stored != 0)  # [n_in]
+            columns = np.reciprocal(factors) if name == norm else factors
+            return Scaling(columns, self._row_factors(reader, name, columns))
+        if name in self.products:
+            before = self.products[name]
+            rows = self.scaling(reader, before).rows
+            return Scaling(columns=None if rows is None else np.reciprocal(rows))
+        return Scaling()
+
+    def _row_factors(self, reader: GGUFReader, name: str, columns: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """By how much rows in the file are longer than those of the source, to the steps that smoothing rounds to."""
+        if name not in self.products.values():
+            return None
+        if name not in self._rows:
+            lengths = []
+            for rows in row_tiles(self.maps[name].n_rows, self.maps[name].n_in, self.tile_weights):
+                w, x = self.read(name, rows, Scaling(columns)), _decoded(reader, name, rows)
+                squares = np.einsum("ij,ij->i", w, w)
+                lengths.append(np.divide(np.einsum("ij,ij->i", x, w), squares, where=squares > 0, out=squares))
+            self._rows[name] = round_factors(np.concatenate(lengths))
+        return self._rows[name]
+
+
+def _decoded(reader: GGUFReader, name: str, rows: slice) -> NDArray[np.float32]:
+    """Rows of a tensor in the file [n_tile, n_in]."""
+    from sq_stream.kernels.codec import decode
+
+    return decode(reader.read_rows(name, rows.start, rows.stop), reader.tensors[name].block_type)
 
 
 def check_tensors(
@@ -114,6 +141,7 @@ def _check_tensor(reader: GGUFReader, name: str, tile_weights: int, source: Sour
     tensor = reader.tensors[name]
     n_rows, n_in = tensor.n_rows, tensor.shape[-1]
     crc, squared_error, squared_sum = 0, 0.0, 0.0
+    scaling = None if source is None else source.scaling(reader, name)
     for rows in row_tiles(n_rows, n_in, tile_weights):
         data = reader.read_rows(name, rows.start, rows.stop)  # uint8 [n_tile, row_bytes]
         crc = zlib.crc32(data.data, crc)
@@ -121,8 +149,8 @@ def _check_tensor(reader: GGUFReader, name: str, tile_weights: int, source: Sour
         if not np.isfinite(x).all():
             row, column = np.argwhere(~np.isfinite(x))[0]
             raise VerificationError(f"{reader.path}: {name} [{rows.start + row}, {column}] decodes to {x[row, column]}")
-        if source is not None:
-            w = source.read(reader, name, rows)
+        if source is not None and scaling is not None:
+            w = source.read(name, rows, scaling)
             x -= w
             squared_error += float(np.vdot(x, x))
             squared_sum += float(np.vdot(w, w))
@@ -161,4 +189,4 @@ def verify_file(
         if against is None:
             return check_tensors(reader, tile_weights, on_event)
         with Checkpoint.open(against) as checkpoint:
-            return check_tensors(reader, tile_weights, on_event, against=Source.of(reader, checkpoint))
+            return check_tensors(reader, tile_weights, on_event, against=Source.of(reader, checkpoint, tile_weights))

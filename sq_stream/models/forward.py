@@ -23,7 +23,7 @@ from sq_stream.models.layers import (
     rms_norm_vjp,
     with_prefix,
 )
-from sq_stream.models.parts import Branch
+from sq_stream.models.parts import Branch, FeedForward
 
 MODULES = {  # GGUF architecture -> module here with a function `make_decoder(arch, keys)`, the keys without `ARCH.`
     "llama": "transformer_forward",
@@ -133,6 +133,13 @@ def linears_by_norm(decoder: Decoder, names: Iterable[str]) -> dict[str, tuple[s
     if "output.weight" in names:  # a tied one is a table too
         groups["output_norm.weight"] = ("output.weight",)
     return groups
+
+
+def linears_by_product(decoder: Decoder, names: Iterable[str]) -> dict[str, str]:
+    """Among the tensors `names`, the linears whose outputs are multiplied by something before they enter another."""
+    pairs = (tuple(f"blk.{i}.{name}.weight" for name in FeedForward.product) for i in range(decoder.n_layer))
+    known = set(names)
+    return {before: after for before, after in pairs if {before, after} <= known}
 
 
 def layer_names(names: Iterable[str], i: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -78,6 +78,10 @@ class FeedForward:
     activation: Callable[[Array], Array] = silu
     slope: Callable[[Array], Array] = silu_slope
     entry: Site = ("ffn_gate", "ffn_up")
+    product: ClassVar[tuple[str, str]] = (
+        "ffn_up",
+        "ffn_down",
+    )  # outputs of one, multiplied by something, are the inputs of the other
 
     def forward(self, x: Array, weights: Weights, observe: Observe | None = None) -> Array:
         """See `Part`."""

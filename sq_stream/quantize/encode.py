@@ -19,26 +19,13 @@ Encoder = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 whose lengths are multiples of `parallel.SLAB`."""
 
 
-def make_encoder(
-    block_type: BlockType, sketch: Sketch | None, workers: Workers, factors: NDArray[np.float32] | None = None
-) -> Encoder:
-    """The best encoder for a tensor, given what is known of its inputs.
+def make_encoder(block_type: BlockType, sketch: Sketch | None, workers: Workers) -> Encoder:
+    """The best encoder for a tensor, given what is known of the inputs that meet what is encoded.
 
     A second moment shapes, as a matrix unless a factor of less than half its rank is all that is known; mean squares
     alone (an importance matrix) weigh the columns; nothing, or statistics of a site that no token reached, leaves plain
     rounding.
-
-    Args:
-        block_type: of the blocks.
-        sketch: of the inputs that meet what is encoded.
-        workers: threads.
-        factors: what rows are multiplied by first, [n_in] (`smooth.find_factors`).
     """
-    encode_rows = _make_encoder(block_type, sketch, workers)
-    return encode_rows if factors is None else lambda x: encode_rows(x * factors)
-
-
-def _make_encoder(block_type: BlockType, sketch: Sketch | None, workers: Workers) -> Encoder:
     if sketch is None or sketch.n_tokens == 0 or block_type.name not in GRIDS:
         return lambda x: encode(x, block_type)
     if sketch.rank == 0:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.formats.blocks import BlockType
-from sq_stream.kernels.codec import decode, encode
 from sq_stream.parallel import Workers
+from sq_stream.quantize.smooth import Scaling
 
 Array = NDArray[np.float32]
 
@@ -35,22 +35,22 @@ class ErrorMeter:
     Args:
         block_type: of the blocks.
         sketch: of the inputs, before smoothing; None if there is none.
-        factors: what columns were multiplied by before they were encoded, [n_in] (`smooth.find_factors`).
+        scaling: what the tensor was multiplied by before it was encoded.
         workers: threads.
     """
 
-    def __init__(self, block_type: BlockType, sketch: Sketch | None, factors: Array | None, workers: Workers) -> None:
+    def __init__(self, block_type: BlockType, sketch: Sketch | None, scaling: Scaling, workers: Workers) -> None:
         known = sketch is not None and sketch.n_tokens > 0
-        self._type, self._sketch, self._factors = block_type, sketch if known else None, factors
+        self._type, self._sketch, self._scaling = block_type, sketch if known else None, scaling
         self._matmul = workers.matmul
         self._energy = self._plain = self._stored = 0.0
 
-    def add(self, w: Array, blocks: NDArray[np.uint8]) -> None:
-        """Add the rows w [n, n_in] of the source and the `blocks` [n, row_bytes] that stand for them in the file."""
+    def add(self, w: Array, blocks: NDArray[np.uint8], rows: slice) -> None:
+        """Add `rows` of the source, w [n, n_in], and the `blocks` [n, row_bytes] that stand for them in the file."""
+        from sq_stream.kernels.codec import decode, encode
+
         self._energy += self._output_energy(w)
-        x = decode(blocks, self._type)
-        if self._factors is not None:
-            x /= self._factors
+        x = self._scaling.undo(decode(blocks, self._type), rows)
         x -= w
         stored = self._output_energy(x)
         self._stored += stored
