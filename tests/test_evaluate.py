@@ -20,8 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sq_stream import api
-from sq_stream.calibrate import forward as streamed
-from sq_stream.calibrate import shingles
+from sq_stream.calibrate import shingles, streamed
 from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.cli import cli
 from sq_stream.demo import model_folder

@@ -63,7 +63,7 @@ WEIGHTS_PER_SECOND = {
     "BF16": 200e6,
 }
 WEIGHTS_READ_BACK_PER_SECOND = 100e6
-WEIGHTS_SHAPED_PER_SECOND = 1.5e6  # of one thread, by any type
+WEIGHTS_SHAPED_PER_SECOND = 0.5e6  # of one thread, by any type
 MULTIPLICATIONS_PER_SECOND = 25e9  # of one thread in the forward pass
 
 
