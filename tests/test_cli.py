@@ -188,7 +188,12 @@ def test_a_signal_ends_the_job_in_order_and_the_same_command_resumes(
         "--log-format",
         "json",
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    previous = signal.signal(number, signal.SIG_DFL)  # ignored in jobs that a shell started in the background
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, previous)
+    with process:
         assert process.stderr is not None
         for line in process.stderr:
             if json.loads(line).get("stage") == "encode":  # a tensor later, it may be done before the signal comes
