@@ -22,6 +22,8 @@ from candidates import File, write_atomically
 from numpy.typing import NDArray
 from oracles.llamacpp import LlamaModel
 
+from sq_stream.calibrate.corpus import digest
+
 VERSION = 1  # of the stored logits and scores
 MAX_CODE = 2**16 - 1
 ROWS_AT_ONCE = 16  # positions
@@ -36,7 +38,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(f"{self.windows.shape} ".encode() + self.windows.astype("<i4").tobytes()).hexdigest()
+        return digest(self.windows)
 
 
 @dataclass(frozen=True, eq=False)

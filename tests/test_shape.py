@@ -156,7 +156,7 @@ def test_first_scales_are_the_best_of_their_neighborhood_for_error_feedback() ->
     w, residual, factor = linear(1, 256)
     a, scales = dense(residual, factor).astype(np.float64), first_scales(w)
     chosen = replace(scales, sc=scales.sc.copy(), m=scales.m.copy())
-    chosen.choose(w.copy(), panel_factor(a), 15)
+    chosen.choose(w.copy(), panel_factor(a))
     assert (chosen.sc != scales.sc).sum() >= 3
     error = np.zeros(256)
     for b in range(8):

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.budget import Budget, Layer, Tracing, measure_layers, windows_per_batch
 from sq_stream.calibrate.store import Entry
-from sq_stream.calibrate.streamed import Add, Residuals, Step, Stream, into_batches
+from sq_stream.calibrate.streamed import Add, Residuals, Step, Stream, into_batches, run_steps
 from sq_stream.calibrate.weights import LayerReader, Zeros
-from sq_stream.events import OnEvent, Progress, StageStarted, ignore
+from sq_stream.events import OnEvent, ignore
 from sq_stream.models.backward import draw, sampled_loss_vjp
 from sq_stream.models.forward import Decoder, head_name
 from sq_stream.models.layers import TILE_WEIGHTS, Array, ObserveGradients, Site, is_norm, with_prefix
@@ -66,23 +66,18 @@ def run_backward(
     batches, n_layer = into_batches(windows), decoder.n_layer
     residuals = Residuals(entry.pass_folder / "inputs", batches, reader, decoder)
     gradients = Stream(entry.pass_folder / "gradients", batches, reader.n_embd)
-    on_event(StageStarted(STAGE, windows.size, "tokens"))
-    with Workers(budget.threads) as workers:
-        for number in range(entry.done, n_steps(decoder)):
-            if number < n_layer:
-                step = _forward(residuals, number, budget)
-            elif number == n_layer:
-                step = _head(residuals, gradients, seed)
-            else:
-                i = 2 * n_layer - number
-                residuals.keep_only(range(i + 1))
-                gradients.keep_only([i + 1])
-                step = _layer(residuals, gradients, layers[i], i, budget)
-            for done, _ in enumerate(step.run(len(batches), budget, workers), 1):
-                tokens = windows.size * (number + done / len(batches)) / n_steps(decoder)
-                on_event(Progress(STAGE, step.name, int(tokens), windows.size))
-            entry.finish_step(step.finish(energy, workers))
-    entry.remove_pass()
+
+    def make_step(number: int) -> Step:
+        if number < n_layer:
+            return _forward(residuals, number, budget)
+        if number == n_layer:
+            return _head(residuals, gradients, seed)
+        i = 2 * n_layer - number
+        residuals.keep_only(range(i + 1))
+        gradients.keep_only([i + 1])
+        return _layer(residuals, gradients, layers[i], i, budget)
+
+    run_steps(STAGE, n_steps(decoder), make_step, batches, entry, budget, energy=energy, on_event=on_event)
 
 
 def measure_backward(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[Layer]:

@@ -63,7 +63,7 @@ class Corpus:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the windows of each part, in hexadecimal."""
-        return {name: _digest(getattr(self, name)) for name in PARTS}
+        return {name: digest(getattr(self, name)) for name in PARTS}
 
 
 def build_corpus(
@@ -244,7 +244,8 @@ def _choose(pools: dict[str, _Pool], n_wanted: int) -> _Pool:
     return all_windows.take(np.array(spaced, np.intp))
 
 
-def _digest(windows: Ids) -> str:
+def digest(windows: Ids) -> str:
+    """SHA-256 of token ids [n, ctx] and of their shape, in hexadecimal."""
     return hashlib.sha256(f"{windows.shape} ".encode() + windows.astype("<i4").tobytes()).hexdigest()
 
 

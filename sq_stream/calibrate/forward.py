@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.budget import Budget, Layer
 from sq_stream.calibrate.store import Entry
-from sq_stream.calibrate.streamed import Add, Residuals, Step, into_batches
+from sq_stream.calibrate.streamed import Add, Residuals, Step, into_batches, run_steps
 from sq_stream.calibrate.weights import LayerReader
-from sq_stream.events import OnEvent, Progress, StageStarted, ignore
+from sq_stream.events import OnEvent, ignore
 from sq_stream.models.forward import Decoder, head_name
 from sq_stream.models.layers import with_prefix
-from sq_stream.parallel import Workers
 
 STAGE = "calibrate"
 
@@ -47,20 +46,14 @@ def run_forward(
         LostWorkError: the residual stream of an earlier run is damaged.
         StorageError: reading or writing failed; the finished layers are kept.
     """
-    n_steps = decoder.n_layer + 1
     residuals = Residuals(entry.pass_folder, into_batches(windows), reader, decoder)
-    on_event(StageStarted(STAGE, windows.size, "tokens"))
-    with Workers(budget.threads) as workers:
-        for i in range(entry.done, n_steps):
-            residuals.keep_only([i])
-            is_head = i == decoder.n_layer
-            step = _head(residuals) if is_head else _layer(residuals, layers[i], i, budget)
-            n_batches = len(residuals.batches)
-            for done, _ in enumerate(step.run(n_batches, budget, workers), 1):
-                tokens = windows.size * (i + done / n_batches) / n_steps
-                on_event(Progress(STAGE, step.name, int(tokens), windows.size))
-            entry.finish_step(step.finish(energy, workers))
-    entry.remove_pass()
+
+    def make_step(i: int) -> Step:
+        residuals.keep_only([i])
+        return _head(residuals) if i == decoder.n_layer else _layer(residuals, layers[i], i, budget)
+
+    n_steps = decoder.n_layer + 1
+    run_steps(STAGE, n_steps, make_step, residuals.batches, entry, budget, energy=energy, on_event=on_event)
 
 
 def _layer(residuals: Residuals, layer: Layer, i: int, budget: Budget) -> Step:

@@ -12,8 +12,10 @@ from sq_stream.calibrate.budget import Budget, windows_per_batch
 from sq_stream.calibrate.moments import Moment
 from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.sketch import Factored
+from sq_stream.calibrate.store import Entry
 from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, StorageError
+from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.formats.chunks import read_chunk, write_chunk
 from sq_stream.formats.storage import storage_errors
 from sq_stream.models.forward import Decoder
@@ -140,3 +142,37 @@ class Step:
                 ) from None
 
         return dict(zip(self._sites, workers.map(finish_site, self._sites), strict=True))
+
+
+def run_steps(
+    stage: str,
+    n_steps: int,
+    make_step: Callable[[int], Step],
+    batches: Sequence[NDArray[np.int32]],
+    entry: Entry,
+    budget: Budget,
+    *,
+    energy: float,
+    on_event: OnEvent,
+) -> None:
+    """Do the steps that `entry` lacks, each over all `batches` and each kept when it is done.
+
+    Args:
+        stage: what the progress calls it.
+        n_steps: number of steps, those that are done included.
+        make_step: the step with the number given, made just before it is run.
+        batches: token ids [n_window, n_ctx] of each.
+        entry: where the sketches go; what lies between the steps is removed from it in the end.
+        budget: how to run.
+        energy: share of a second moment's trace that its factor keeps.
+        on_event: told of the progress.
+    """
+    n_tokens, n_batches = sum(tokens.size for tokens in batches), len(batches)
+    on_event(StageStarted(stage, n_tokens, "tokens"))
+    with Workers(budget.threads) as workers:
+        for number in range(entry.done, n_steps):
+            step = make_step(number)
+            for done, _ in enumerate(step.run(n_batches, budget, workers), 1):
+                on_event(Progress(stage, step.name, int(n_tokens * (number + done / n_batches) / n_steps), n_tokens))
+            entry.finish_step(step.finish(energy, workers))
+    entry.remove_pass()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sq_stream.calibrate.corpus import CTX, CTX_RANGE, bos_id, build_corpus
+from sq_stream.calibrate.corpus import CTX, CTX_RANGE, bos_id, build_corpus, digest
 from sq_stream.calibrate.documents import MAX_FILE, Ids, packaged
 from sq_stream.errors import BadInputError, UsageError
 from sq_stream.evaluate.settings import SUITES
@@ -41,7 +40,7 @@ class Suite:
     @property
     def sha256(self) -> str:
         """Of the token ids, in hexadecimal."""
-        return hashlib.sha256(f"{self.windows.shape} ".encode() + self.windows.astype("<i4").tobytes()).hexdigest()
+        return digest(self.windows)
 
     def first(self, n: int | None) -> Suite:
         """The first n windows, or all; of packaged sets the first few are mixed like all of them."""

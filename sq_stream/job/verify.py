@@ -19,7 +19,7 @@ from sq_stream.job.tiles import row_tiles
 from sq_stream.models import find
 from sq_stream.models.base import TensorMap
 from sq_stream.models.forward import find_decoder, linears_by_norm, linears_by_product
-from sq_stream.quantize.smooth import Scaling, round_factors
+from sq_stream.quantize.smooth import UNSCALED, Scaling, round_factors
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Source:
             before = self.products[name]
             rows = self.scaling(reader, before).rows
             return Scaling(columns=None if rows is None else np.reciprocal(rows))
-        return Scaling()
+        return UNSCALED
 
     def _row_factors(self, reader: GGUFReader, name: str, columns: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """By how much rows in the file are longer than those of the source, to the steps that smoothing rounds to."""

@@ -11,11 +11,11 @@ import numpy as np
 from numba import prange
 
 from sq_stream.kernels.jit import jit
+from sq_stream.kernels.trials import reciprocal
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _SCALE_MAX = np.float32(63)  # of a 6-bit scale or min
-_NEGLIGIBLE = np.float32(2.0**-40)  # a scale below this counts as zero: its reciprocal might overflow
 _GAIN = np.float32(0.9999)  # of a block's cost, at least, for a change to be more than rounding of the sums
 BLOCK = 32
 SC_REACH, M_REACH = 8, 4
@@ -121,7 +121,7 @@ def best_pair(wanted, factor, highest, d, dmin, sc, m, mean_code, lanes, work):
             trial_sc[t] = new_sc
             trial_m[t] = min(max(m + shift + np.float32(b), _ZERO), _SCALE_MAX)
             scale[t], offset[t] = d * new_sc, -dmin * trial_m[t]
-            inverse[t] = _ONE / scale[t] if abs(scale[t]) > _NEGLIGIBLE else _ZERO
+            inverse[t] = reciprocal(scale[t])
             t += 1
     costs = _trial_costs(wanted, factor, scale, inverse, offset, highest, work)
     best = np.argmin(costs)
@@ -156,7 +156,7 @@ def round_block(wanted, factor, scale, offset, highest, codes, steps):
     the later columns make up for the error as well as they can.
     """
     moved, cost = wanted.copy(), _ZERO
-    inverse = _ONE / scale if abs(scale) > _NEGLIGIBLE else _ZERO
+    inverse = reciprocal(scale)
     for j in range(BLOCK):
         above = moved[j] - offset
         codes[j] = np.rint(min(max(above * inverse, _ZERO), highest))

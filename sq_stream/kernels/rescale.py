@@ -1,7 +1,7 @@
 """Descent on the stored scales of a panel under a full metric, codes held: the companions of `descent.descend_codes`.
 
 Objective, panel and arguments are those of `descent`. Along the direction in which a scale moves the decoded values
-the objective is a parabola, so each best move is in closed form, and the stored grid decides among its neighbors.
+the objective is a parabola, so each best move is in closed form, and is then rounded to what is stored.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def rescale_affine(rows, gradient, metric, codes, d, dmin, sc, m, moves):
         codes: float32 [n_rows, 256].
         d: in and out, float32 [n_rows], fp16 values; as is dmin.
         dmin: in and out, float32 [n_rows].
-        sc: in and out, float32 [n_rows, 8], whole numbers in 0..63; as is m.
-        m: in and out, float32 [n_rows, 8].
+        sc: float32 [n_rows, 8], whole numbers in 0..63; as is m.
+        m: float32 [n_rows, 8].
         moves: in and out, float32 [n_rows, 256].
     """
     p = codes.shape[1]

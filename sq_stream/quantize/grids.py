@@ -35,8 +35,8 @@ class Scales(ABC):
     def values(self) -> tuple[Array, Array]:
         """Scale and offset of every group: float32 [n, p / group_size] each."""
 
-    def choose(self, x: Array, factor: Array, highest: float) -> None:  # noqa: B027 -- by default as they are
-        """Adapt to what `descent.round_with_feedback` will do with x [n, p], `factor` and the highest code."""
+    def choose(self, x: Array, factor: Array) -> None:  # noqa: B027 -- by default as they are
+        """Adapt to what `descent.round_with_feedback` will do with x [n, p] and `factor`."""
 
     @abstractmethod
     def improve(self, rows: NDArray[np.int64], gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
@@ -79,20 +79,25 @@ class AffineSuperScales(Scales):
         """Scale d·sc, offset −dmin·m."""
         return self.d[:, None] * self.sc, -self.dmin[:, None] * self.m
 
-    def choose(self, x: Array, factor: Array, highest: float) -> None:
+    @property
+    def _highest(self) -> np.float32:
+        """The greatest code."""
+        highest: np.float32 = np.float32(31 if self.has_fifth_bit else 15)
+        return highest
+
+    def choose(self, x: Array, factor: Array) -> None:
         """The best sc and m around what they are."""
-        regrid.choose_first(x, factor, np.float32(highest), self.d, self.dmin, self.sc, self.m)
+        regrid.choose_first(x, factor, self._highest, self.d, self.dmin, self.sc, self.m)
 
     def improve(self, rows: NDArray[np.int64], gradient: Array, metric: Array, codes: Array, moves: Array) -> None:
         """One round of descent on sc and m, with the codes, then on d and dmin."""
-        highest = np.float32(31 if self.has_fifth_bit else 15)
         size = self.group_size
         blocks = [metric[i : i + size, i : i + size].astype(np.float64) for i in range(0, len(metric), size)]
         inverse = np.linalg.inv(blocks)
         factor = np.linalg.cholesky(inverse).transpose(0, 2, 1)
         regrid.choose_again(
-            rows, gradient, metric, inverse.astype(np.float32), np.ascontiguousarray(factor, np.float32), highest,
-            codes, self.d, self.dmin, self.sc, self.m, moves,
+            rows, gradient, metric, inverse.astype(np.float32), np.ascontiguousarray(factor, np.float32),
+            self._highest, codes, self.d, self.dmin, self.sc, self.m, moves,
         )  # fmt: skip
         rescale.rescale_affine(rows, gradient, metric, codes, self.d, self.dmin, self.sc, self.m, moves)
 

@@ -102,7 +102,7 @@ class Shaper:
             x = wanted[:, own] + shift
             scales = fit_scales(x, self._type, np.diag(conditional).copy())
             factor = panel_factor(conditional)
-            scales.choose(x, factor, grid.highest)
+            scales.choose(x, factor)
             scale, offset = scales.values()
             codes = np.empty_like(x)
             descent.round_with_feedback(
