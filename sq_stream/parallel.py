@@ -55,3 +55,15 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def one_kernel_thread() -> None:
+    """What `Workers` that call kernels begin with: there are several of them already."""
+    set_kernel_threads(1)
+
+
+def set_kernel_threads(n: int) -> None:
+    """Let the kernels that this thread calls use n threads."""
+    import numba
+
+    numba.set_num_threads(n)

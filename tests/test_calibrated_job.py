@@ -188,7 +188,7 @@ def test_an_importance_matrix_in_place_of_a_calibration(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"effort": "best"}, UsageError, "not available in this version"),
+        ({"effort": "best", "imatrix": "m.gguf"}, UsageError, "runs the model on text"),
         ({"effort": "fast", "calib": ["x.txt"]}, UsageError, "weights alone"),
         ({"calib": ["x.txt"], "imatrix": "m.gguf"}, UsageError, "takes the place"),
         ({"calib_extend": True}, UsageError, "name them with --calib"),

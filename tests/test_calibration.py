@@ -222,15 +222,15 @@ def test_budgets_give_up_threads_first_and_exactness_last(open_model, tmp_path, 
     assert exact == sorted(exact)
 
 
-def only_sketched(ranks):
+def only_sketched(calibration):
     """Bytes of a use that has no room for an exact matrix of 512 × 512 values."""
-    return 0 if 512 in ranks else 2**40
+    return 0 if 512 in calibration.ranks else 2**40
 
 
 def test_what_comes_after_a_calibration_must_fit_too(open_model, tmp_path):
     model, store = open_model("llama"), Store(tmp_path)
     with pytest.raises(DoesNotFitError, match=r"smallest that works is --max-ram 5000M"):
-        plan_calibration(*model, WINDOWS, store, **OPTIONS, afterwards=lambda ranks: 5000 * 2**20)
+        plan_calibration(*model, WINDOWS, store, **OPTIONS, afterwards=lambda calibration: 5000 * 2**20)
     planned = plan_calibration(*model, WINDOWS, store, **OPTIONS, afterwards=only_sketched)
     assert planned.ranks == {512: 128}
     assert planned.ranks in rank_choices(planned.layers, planned.reader.n_embd)

@@ -178,6 +178,7 @@ def test_results_do_not_depend_on_threads_or_memory(
     monkeypatch.setattr(budgets, "_ways", lambda *a: (way for way in original(*a) if not way.resident))
     monkeypatch.setattr("sq_stream.calibrate.weights.TILE_WEIGHTS", 2**14)  # so that matrices are read in tiles
     monkeypatch.setattr("sq_stream.evaluate.weights.CHUNK_WEIGHTS", 2**12)
+    monkeypatch.setattr("sq_stream.calibrate.gguf_weights.CHUNK_WEIGHTS", 2**12)
     assert evaluate(files / "fast.gguf", **options, threads=1).suites == expected
 
 

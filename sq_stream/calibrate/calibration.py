@@ -195,7 +195,7 @@ def plan_calibration(
     max_ram: int,
     threads: int,
     energy: float = 1.0,
-    afterwards: Callable[[Mapping[int, int]], int] = lambda ranks: 0,
+    afterwards: Callable[[Calibration], int] = lambda calibration: 0,
 ) -> Calibration:
     """The most accurate statistics of every linear of a model on a text that memory allows.
 
@@ -210,7 +210,7 @@ def plan_calibration(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
         energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
-        afterwards: from `Calibration.ranks` to the resident bytes, at the peak, of what is done with such sketches.
+        afterwards: resident bytes, at the peak, of what is done with the sketches of a calibration.
 
     Raises:
         BadInputError: ids outside the vocabulary, or no windows.
@@ -240,7 +240,7 @@ def plan_pass(
     max_ram: int,
     threads: int,
     energy: float,
-    afterwards: Callable[[Mapping[int, int]], int],
+    afterwards: Callable[[Calibration], int],
     settings: Mapping[str, Any] | None = None,
 ) -> Pass:
     """See `plan_calibration`; for any `kind` of pass, with `settings` that its results depend on besides."""
@@ -251,7 +251,7 @@ def plan_pass(
     smallest = sys.maxsize
     for ranks in rank_choices(layers, reader.n_embd):
         identity = {**_identity(checkpoint, windows, energy, ranks), **(settings or {})}
-        found, later = store.has(identity), afterwards(ranks)
+        found = store.has(identity)
         ways = list(
             budgets(
                 layers,
@@ -264,11 +264,13 @@ def plan_pass(
             )
         )
         budget = next((way for way in ways if way.peak_ram <= max_ram), None)
+        model = checkpoint.folder.resolve().name
+        planned = kind(
+            spec, reader, decoder, layers, windows, store, identity, model, ranks, found=found, budget=budget
+        )
+        later = afterwards(planned)
         if later <= max_ram and (found or budget):
-            model = checkpoint.folder.resolve().name
-            return kind(
-                spec, reader, decoder, layers, windows, store, identity, model, ranks, found=found, budget=budget
-            )
+            return planned
         smallest = min(smallest, max(later, 0 if found else min(way.peak_ram for way in ways)))
     raise DoesNotFitError(
         f"--max-ram {format_size(max_ram)} is too small for this model and windows of {windows.shape[1]} tokens: "

@@ -1,4 +1,7 @@
-"""Second moments of activations, summed over batches: exact, or of low rank where the site is too wide for that."""
+"""Second moments of activations, summed over batches: exact, or of low rank where the site is too wide for that.
+
+Beside them, cross moments: how one kind of vectors goes with another.
+"""
 
 from __future__ import annotations
 
@@ -136,6 +139,35 @@ class SketchedMoment:
         live = np.flatnonzero(diagonal)
         panels = [np.linalg.solve(factor, y[live[rows]].T).astype(np.float32) for rows in _panels(len(live))]
         return Factored(self.n_tokens, diagonal, panels)
+
+
+class CrossMoment:
+    """The sum of y xᵀ over pairs of vectors y [n_out] and x [n_in], from batches added in order by several threads."""
+
+    def __init__(self, n_out: int, n_in: int, order: InOrder) -> None:
+        self._order = order
+        self._sums = np.zeros((n_out, n_in), np.float32)
+
+    @staticmethod
+    def needs(n_out: int, n_in: int) -> Needs:
+        """What a pair of these widths needs."""
+        return Needs(resident=4 * n_out * n_in, adding=4 * n_out * min(PANEL, n_in), finishing=0)
+
+    def add(self, batch: int, y: Array, x: Array) -> None:
+        """Add the vectors y [n, n_out] and x [n, n_in] of a batch; every batch is added once."""
+        for columns in _panels(x.shape[1]):
+            part = y.T @ x[:, columns]
+            with self._order.turn((id(self), columns.start), batch):
+                self._sums[:, columns] += part
+
+    def finish(self) -> Array:
+        """The sum, float32 [n_out, n_in].
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        _check_finite(self._sums)
+        return self._sums
 
 
 def _panels(n: int) -> Iterator[slice]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from threading import Condition
+
+import numpy as np
+
+from sq_stream.parallel import Workers
 
 
 class InOrder:
@@ -35,6 +39,22 @@ class InOrder:
         with self._changed:
             self._next[point] += 1
             self._changed.notify_all()
+
+    def run(self, workers: Workers, compute: Callable[[int], None], n_batches: int) -> Iterator[None]:
+        """Compute all batches, yielding after each in turn."""
+
+        def run_batch(batch: int) -> None:
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):  # found in the end, in the sums
+                    compute(batch)
+            except BaseException:
+                self.fail(batch)
+                raise
+
+        try:
+            yield from workers.stream(run_batch, range(n_batches))
+        finally:
+            self.fail(-1)
 
     def fail(self, batch: int) -> None:
         """Let none pass that would come after this batch."""

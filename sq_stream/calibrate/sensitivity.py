@@ -85,6 +85,6 @@ def plan_sensitivity(
         max_ram=max_ram,
         threads=threads,
         energy=energy,
-        afterwards=lambda ranks: 0,
+        afterwards=lambda planned: 0,
         settings={"gradients": VERSION, "seed": seed},
     )

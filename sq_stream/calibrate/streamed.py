@@ -113,21 +113,13 @@ class Step:
         order = InOrder()
         self._moments = {site: budget.moment(width, order) for site, width in self._sites.items()}
 
-        def run_batch(batch: int) -> None:
+        def compute(batch: int) -> None:
             def add(site: Site, x: Array) -> None:
                 self._moments[site].add(batch, x.reshape(-1, x.shape[-1]))
 
-            try:
-                with np.errstate(over="ignore", invalid="ignore"):  # found in the end, by `finish`
-                    self._compute(batch, add)
-            except BaseException:
-                order.fail(batch)
-                raise
+            self._compute(batch, add)
 
-        try:
-            yield from workers.stream(run_batch, range(n_batches))
-        finally:
-            order.fail(-1)
+        yield from order.run(workers, compute, n_batches)
 
     def finish(self, energy: float, workers: Workers) -> dict[Site, Factored]:
         """The sketches of all sites."""

@@ -100,11 +100,13 @@ class LayerReader:
         return x.reshape(tensor.shape)
 
     def layer(self, i: int, *, resident: bool) -> dict[str, Any]:
-        """Layer i's tensors by name without `blk.N.`: all in memory, or large matrices as `RowsOnDisk`."""
-        return {
-            short: self.read(name) if resident or not is_large(self._tensors[name].shape) else self.on_disk(name)
-            for short, name in layer_names(self._tensors, i).items()
-        }
+        """Layer i's tensors by name without `blk.N.`."""
+        names = layer_names(self._tensors, i)
+        return {short: self.tensor(name, resident=resident) for short, name in names.items()}
+
+    def tensor(self, name: str, *, resident: bool) -> Any:
+        """A whole tensor, in memory; if not all are to be `resident`, a large matrix as `RowsOnDisk`."""
+        return self.read(name) if resident or not is_large(self._tensors[name].shape) else self.on_disk(name)
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]]) -> Array:
         """Rows of a matrix, for row numbers [...] in any order and with repetitions: float32 [..., n_in]."""

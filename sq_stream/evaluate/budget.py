@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sq_stream.calibrate.budget import BLAS_BYTES, MIB, Layer, computing_bytes, measure_layers, windows_per_batch
+from sq_stream.calibrate.gguf_weights import CHUNK_WEIGHTS
 from sq_stream.errors import DoesNotFitError
 from sq_stream.evaluate.compare import SLICE, TILES_HELD
 from sq_stream.evaluate.models import Model
 from sq_stream.evaluate.suites import Suite
-from sq_stream.evaluate.weights import CHUNK_WEIGHTS
 from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import TILE_WEIGHTS
 from sq_stream.units import format_size

@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sq_stream.calibrate.gguf_weights import GGUFWeights
 from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, UnsupportedModelError, UsageError
 from sq_stream.evaluate.results import ModelInfo, Role
-from sq_stream.evaluate.weights import GGUFWeights, RoundedWeights
+from sq_stream.evaluate.weights import RoundedWeights
 from sq_stream.formats.blocks import BLOCK_TYPES, F32, BlockType
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader

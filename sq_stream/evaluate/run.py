@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, cast
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream import __version__
+from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.shingles import overlap, sample
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import is_linear
@@ -153,8 +154,8 @@ def _statistics(settings: Settings, reference: Reference) -> Statistics | None:
         return None
     widths = {t.n_in for t in reference.spec.tensors if is_linear(t.name, t.shape)}
 
-    def afterwards(ranks: Mapping[int, int]) -> int:
-        return FIXED_BYTES + max(Sketch.needed_bytes(n, ranks.get(n, n)) for n in widths)
+    def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
+        return FIXED_BYTES + max(Sketch.needed_bytes(n, calibration.ranks.get(n, n)) for n in widths)
 
     job = job_settings.parse_settings(
         settings.ref,

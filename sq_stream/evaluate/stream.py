@@ -21,7 +21,7 @@ from sq_stream.evaluate.suites import Suite
 from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import Array, Weights, tiles
-from sq_stream.parallel import Workers
+from sq_stream.parallel import Workers, one_kernel_thread, set_kernel_threads
 
 STAGE = "evaluate"
 
@@ -68,8 +68,8 @@ def score(
     """
     batches = Batches.of(suites)
     progress = _Steps(models, batches, on_event)
-    with Workers(budget.threads, _one_kernel_thread) as workers:
-        _set_kernel_threads(budget.threads)
+    with Workers(budget.threads, one_kernel_thread) as workers:
+        set_kernel_threads(budget.threads)
         last = []
         for i, model in enumerate(models):
             last.append(Residuals(folder / str(i), batches.tokens, model.reader, model.decoder))
@@ -186,14 +186,3 @@ class _Steps:
         weight = self._n_models if what == "output" else 1
         self._done += self._batches.tokens[batch].size * weight
         self._on_event(Progress(STAGE, what, self._done // self._n_steps, self._batches.n_tokens))
-
-
-def _one_kernel_thread() -> None:
-    """In each worker: several decode at a time."""
-    _set_kernel_threads(1)
-
-
-def _set_kernel_threads(n: int) -> None:
-    import numba
-
-    numba.set_num_threads(n)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sq_stream.calibrate import budget as calibrate_budget
 from sq_stream.calibrate.calibration import Calibration
+from sq_stream.calibrate.pairing import Pairing
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.errors import DoesNotFitError
 from sq_stream.formats.blocks import BlockType
@@ -45,6 +46,8 @@ BYTES_PER_WEIGHT = 11
 # The same where the tile is shaped: the tile, wanted values, errors, codes and E Sᵀ; and for a row, work on a panel.
 BYTES_PER_SHAPED_WEIGHT = 20
 BYTES_PER_SHAPED_ROW = 8192
+# And where it is shaped in its turn: what is wanted instead of it.
+BYTES_PER_WEIGHT_IN_TURN = 8
 # A larger tile encodes no faster.
 MOST_TILE_WEIGHTS = 4 * MIB
 # Resident bytes for one byte of the tokenizer's files while the vocabulary is read.
@@ -65,6 +68,7 @@ WEIGHTS_PER_SECOND = {
 WEIGHTS_READ_BACK_PER_SECOND = 100e6
 WEIGHTS_SHAPED_PER_SECOND = 0.5e6  # of one thread, by any type
 MULTIPLICATIONS_PER_SECOND = 25e9  # of one thread in the forward pass
+PAIRED_PASSES = 6  # forward passes that a paired one takes as long as
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def encoding_needs(
     vocabulary_bytes: int,
     threads: int,
     ranks: Mapping[int, int] | None = None,
+    in_turn: bool = False,
     kept: Collection[str] = (),
 ) -> EncodingNeeds:
     """What encoding needs, whatever `--max-ram` says.
@@ -129,6 +134,7 @@ def encoding_needs(
         vocabulary_bytes: size of the tokenizer files that planning reads.
         threads: kernel threads.
         ranks: where tensors are shaped, the ranks of sketches by width; other widths are exact. None: none is shaped.
+        in_turn: shaped tensors make up for the errors of others (see `calibrate.paired`).
         kept: those of `kernel_uses` whose kernels need not be compiled.
     """
     program = PROGRAM_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
@@ -140,9 +146,10 @@ def encoding_needs(
         n_weights, n_in = math.prod(shape), shape[-1]
         if ranks is None or block_type.name not in SHAPED_TYPES:
             return TensorNeeds(0, BYTES_PER_WEIGHT, SLAB * n_in, n_weights)
+        turn = (4 * n_in**2, BYTES_PER_WEIGHT_IN_TURN) if in_turn else (0, 0)
         return TensorNeeds(
-            fixed=_metric_bytes(n_in, ranks.get(n_in), threads) + BLAS_BYTES * threads,
-            per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // n_in,
+            fixed=_metric_bytes(n_in, ranks.get(n_in), threads) + BLAS_BYTES * threads + turn[0],
+            per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // n_in + turn[1],
             least_tile=SLAB * n_in,
             n_weights=n_weights,
         )
@@ -178,6 +185,7 @@ def make_budget(
     max_ram: int,
     threads: int,
     calibration: Calibration | None = None,
+    pairing: Pairing | None = None,
 ) -> Budget:
     """Divide `max_ram` bytes among the parts of a job.
 
@@ -190,6 +198,7 @@ def make_budget(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: kernel threads.
         calibration: what comes before, if tensors are shaped.
+        pairing: what goes on meanwhile, if they are so in their turn.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
@@ -207,12 +216,15 @@ def make_budget(
         peak_ram = max(peak_ram + retained, calibration.peak_ram)
         forward = n_weights * calibration.n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
+        if pairing:
+            peak_ram = max(peak_ram, pairing.peak_ram)
+            forward += PAIRED_PASSES * n_weights * calibration.windows.size / MULTIPLICATIONS_PER_SECOND
     else:
         encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)
     return Budget(
         tile_weights=tile,
         peak_ram=peak_ram,
-        peak_disk=file_bytes,
+        peak_disk=file_bytes + (pairing.peak_disk if pairing else 0),
         seconds=(encoding + forward) / threads + n_weights / WEIGHTS_READ_BACK_PER_SECOND,
     )
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sq_stream.calibrate.calibration import Calibration
+from sq_stream.calibrate.pairing import Pairing, pairings
 from sq_stream.errors import StorageError, UsageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
@@ -49,6 +53,7 @@ class Plan:
     layout: FileLayout
     budget: Budget
     statistics: Statistics | None = None
+    pairing: Pairing | None = None  # the pass in which linears are encoded in their turn, if they are
     notes: tuple[str, ...] = ()  # what the user should know
 
     @property
@@ -105,7 +110,15 @@ def make_plan(settings: Settings) -> Plan:
         vocabulary_bytes=sum(path.stat().st_size for path in settings.model_dir.glob("tokenizer.*")),
         threads=settings.threads,
     )
-    statistics = find_statistics(settings, checkpoint, spec, vocabulary, lambda ranks: needs(ranks=ranks).smallest)
+    in_turn = settings.effort == "best"
+
+    def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
+        """Bytes of what follows it."""
+        ways = pairings(calibration, held, settings.threads) if in_turn else ()
+        encoding = needs(ranks=calibration.ranks, in_turn=in_turn).smallest
+        return max(encoding, min((way.peak_ram for way in ways), default=0))
+
+    statistics = find_statistics(settings, checkpoint, spec, vocabulary, afterwards)
     general = general_entries(
         settings, arch=spec.arch, file_type=RECIPES[settings.recipe].file_type, n_parameters=n_parameters
     )
@@ -115,15 +128,20 @@ def make_plan(settings: Settings) -> Plan:
     )
     calibration = statistics.calibration if statistics else None
     ranks = calibration.ranks if calibration else None
+    pairing = None
+    if in_turn and statistics and calibration and statistics.convergence is not None:
+        ways = pairings(calibration, statistics.convergence, settings.threads)
+        pairing = next(way for way in ways if way.peak_ram <= settings.max_ram)
     uses = kernel_uses((choice.block_type for choice in choices), shaped=ranks is not None)
     budget = make_budget(
         shapes,
-        needs(ranks=ranks),
-        needs(ranks=ranks, kept=kept_kernels(uses)),
+        needs(ranks=ranks, in_turn=in_turn),
+        needs(ranks=ranks, in_turn=in_turn, kept=kept_kernels(uses)),
         file_bytes=layout.total_bytes,
         max_ram=settings.max_ram,
         threads=settings.threads,
         calibration=calibration,
+        pairing=pairing,
     )
     tensors = tuple(
         PlannedTensor(source, place, choice.reason)
@@ -132,7 +150,7 @@ def make_plan(settings: Settings) -> Plan:
     left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
     of_text = statistics.notes if statistics else ()
     notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *of_text, *left_out)
-    return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, notes)
+    return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, pairing, notes)
 
 
 def check_place(output: Path) -> None:

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING
 
 from sq_stream import __version__
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.errors import InterruptedJobError, UsageError
-from sq_stream.events import Finished, Note, OnEvent, Progress, StageStarted, TensorFinished, ignore
+from sq_stream.events import Finished, Note, OnEvent, ignore
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
-from sq_stream.formats.checkpoint import check_finite
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
 from sq_stream.job.budget import SHAPED_TYPES, kernel_uses
-from sq_stream.job.plan import Plan, PlannedTensor, check_output
+from sq_stream.job.encode import Encoding, remove_streams
+from sq_stream.job.plan import Plan, check_output
 from sq_stream.job.record import Record, is_measured, measure, read_record, recording
 from sq_stream.job.statistics import gather
-from sq_stream.job.tiles import row_tiles
 from sq_stream.job.timeline import peak_ram
 from sq_stream.job.verify import check_tensors
 from sq_stream.kernels.cache import mark_kept
 from sq_stream.models.forward import linears_by_norm, linears_by_product
-from sq_stream.parallel import Workers
 from sq_stream.quantize.smooth import Scaling, find_scalings
-
-if TYPE_CHECKING:
-    from sq_stream.quantize.encode import Encoder
-
 
 Publish = Callable[[Record], None]
 """Told of a job that is done but for its file's name; if it raises, the same command comes back to this point."""
@@ -80,6 +72,7 @@ def _write(plan: Plan, on_event: OnEvent, publish: Publish | None) -> None:
             with recording(journal, on_event) as recorder:
                 _produce(plan, file, journal, recorder, measured=True)
                 publish(read_record(journal, file.partial, recorder.timeline()))
+        remove_streams(plan.settings.output)
         file.commit()
         journal.remove()
 
@@ -94,7 +87,7 @@ def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *,
         sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
     with sketches or nullcontext():
         scalings = _smooth(plan, sketches)
-        _encode(plan, sketches, scalings, file, journal, checksums, on_event)
+        Encoding(plan, sketches, scalings, file, journal, checksums, on_event).run()
         if to_measure:
             measure(plan, sketches, scalings, journal, file.partial, on_event)
     with GGUFReader.open(file.partial) as reader:
@@ -120,6 +113,7 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
     partial = partial_path(output)
     resumable = journal_path.exists() and partial.exists() and not plan.settings.fresh
     if not resumable:
+        remove_streams(output)
         file = GGUFFile.create(output, plan.layout)
         try:
             return file, Journal.create(journal_path, identity)
@@ -136,42 +130,6 @@ def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
         )
     on_event(Note(f"resuming: {len(_checksums(journal))} of {len(plan.tensors)} tensors are done"))
     return GGUFFile.reopen(output, plan.layout), journal
-
-
-def _encode(
-    plan: Plan,
-    sketches: Sketches | None,
-    scalings: Mapping[str, Scaling],
-    file: GGUFFile,
-    journal: Journal,
-    checksums: dict[str, int],
-    on_event: OnEvent,
-) -> None:
-    """Encode the tensors that have no checksum yet, and add theirs."""
-    import numba
-
-    from sq_stream.quantize.encode import make_encoder
-
-    numba.set_num_threads(plan.settings.threads)
-    on_event(StageStarted("encode", plan.n_weights))
-    done = 0
-    with Workers(plan.settings.threads) as workers:
-
-        def encoder(tensor: PlannedTensor) -> Encoder:
-            name = tensor.source.name
-            return make_encoder(tensor.type, sketches.get(name) if sketches else None, workers)
-
-        for tensor in plan.tensors:
-            n_weights = tensor.source.n_rows * tensor.source.n_in
-            name = tensor.source.name
-            if name not in checksums:
-                for n_encoded in _encode_tensor(plan, tensor, encoder, scalings, file, checksums):
-                    on_event(Progress("encode", name, done + n_encoded, plan.n_weights))
-                file.sync()
-                journal.append({"tensor": name, "crc32": checksums[name]})
-                on_event(TensorFinished(name, tensor.type.name, n_weights, tensor.layout.n_bytes))
-            done += n_weights
-            on_event(Progress("encode", name, done, plan.n_weights))
 
 
 def _remember_kernels(types: Sequence[BlockType], *, shaped: bool, on_event: OnEvent) -> None:
@@ -195,26 +153,3 @@ def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, Scaling]:
     scalings = find_scalings(linears_by_norm(decoder, names), linears_by_product(decoder, names), shaped, sketches)
     sketches.smooth({name: scaling.columns for name, scaling in scalings.items() if scaling.columns is not None})
     return scalings
-
-
-def _encode_tensor(
-    plan: Plan,
-    tensor: PlannedTensor,
-    encoder: Callable[[PlannedTensor], Encoder],
-    scalings: Mapping[str, Scaling],
-    file: GGUFFile,
-    checksums: dict[str, int],
-) -> Iterator[int]:
-    """Encode one tensor in row tiles, yielding the weights done so far; its sketch and metric end with it."""
-    source, crc = tensor.source, 0
-    encode = encoder(tensor)
-    for rows in row_tiles(source.n_rows, source.n_in, plan.budget.tile_weights):
-        x = source.read(plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
-        check_finite(x, source.source or source.name, rows.start)
-        if source.name in scalings:
-            scalings[source.name].apply(x, rows)
-        data = encode(x)  # [n_tile, row_bytes]
-        file.write_rows(tensor.layout, rows.start, data)
-        crc = zlib.crc32(data.data, crc)
-        yield rows.stop * source.n_in
-    checksums[source.name] = crc

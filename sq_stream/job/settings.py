@@ -105,8 +105,8 @@ def parse_settings(
 def _refuse_contradictions(settings: Settings) -> None:
     if settings.effort not in EFFORTS:
         raise UsageError(f"--effort {settings.effort!r} is not one of {', '.join(EFFORTS)}")
-    if settings.effort == "best":
-        raise UsageError("--effort best is not available in this version: use --effort balanced")
+    if settings.effort == "best" and settings.imatrix:
+        raise UsageError("--effort best runs the model on text: leave out --imatrix, or use --effort balanced")
     if settings.effort == "fast" and (settings.calib or settings.imatrix):
         raise UsageError("--effort fast looks at the weights alone: leave out --calib and --imatrix, or the effort")
     if settings.calib and settings.imatrix:

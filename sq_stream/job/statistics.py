@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sq_stream.calibrate.calibration import Calibration, plan_calibration
 from sq_stream.calibrate.corpus import WINDOWS, build_corpus
 from sq_stream.calibrate.imatrix import import_imatrix
@@ -29,6 +32,7 @@ class Statistics:
 
     calibration: Calibration | None
     imatrix: Sketches | None
+    convergence: NDArray[np.int32] | None  # windows of text that nothing is fitted to and that may stop a fit
     digests: Mapping[str, str]  # SHA-256 of each part of the text, or of the importance matrix
     notes: tuple[str, ...] = ()
     coverage: Mapping[str, int] = field(default_factory=dict)  # windows of the calibration by what their text is
@@ -49,9 +53,11 @@ def find_statistics(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     vocabulary: Vocabulary,
-    afterwards: Callable[[Mapping[int, int]], int],
+    afterwards: Callable[[Calibration, NDArray[np.int32]], int],
 ) -> Statistics | None:
-    """The statistics that these settings ask for; None for weights alone. `afterwards`: see `plan_calibration`.
+    """The statistics that these settings ask for; None for weights alone.
+
+    `afterwards` is that of `plan_calibration`, given the windows that may stop a fit besides.
 
     Raises:
         BadInputError: the text is too short or not this vocabulary's, or the importance matrix not this model's.
@@ -67,7 +73,7 @@ def find_statistics(
         imatrix = import_imatrix(settings.imatrix, spec)
         with storage_errors("reading", settings.imatrix):
             digest = hashlib.sha256(settings.imatrix.read_bytes()).hexdigest()
-        return Statistics(None, imatrix, {"imatrix": digest})
+        return Statistics(None, imatrix, None, {"imatrix": digest})
     corpus = build_corpus(
         Tokenizer.open(settings.model_dir),
         vocabulary,
@@ -83,9 +89,9 @@ def find_statistics(
         Store(settings.cache),
         max_ram=settings.max_ram,
         threads=settings.threads,
-        afterwards=afterwards,
+        afterwards=lambda calibration: afterwards(calibration, corpus.convergence),
     )
-    return Statistics(calibration, None, corpus.digests, corpus.notes, corpus.coverage)
+    return Statistics(calibration, None, corpus.convergence, corpus.digests, corpus.notes, corpus.coverage)
 
 
 def gather(statistics: Statistics, settings: Settings, spec: ModelSpec, on_event: OnEvent) -> Sketches:

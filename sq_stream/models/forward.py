@@ -50,6 +50,10 @@ class Decoder:
         """Layers, without those of multi-token prediction."""
         return len(self.layers)
 
+    def branch(self, b: int) -> Branch:
+        """Half of layer b // 2: in the order in which they add to the residual stream."""
+        return self.layers[b // 2][b % 2]
+
     def layer(self, x: Array, weights: Weights, i: int, observe: Observe | None = None) -> Array:
         """Layer i's map of the residual stream x [..., n_tok, d_model], given its tensors without their `blk.N.`."""
         mixer, feed_forward = self.layers[i]

@@ -39,6 +39,11 @@ class Part(Protocol):
         """The linears that its input enters."""
         ...
 
+    @property
+    def exit(self) -> Site:
+        """The linear that its output comes from."""
+        ...
+
     def forward(self, x: Array, weights: Weights, observe: Observe | None = None) -> Array:
         """Output for the input x, with the tensors of a layer."""
         ...
@@ -56,6 +61,11 @@ class Branch:
     part: Part
     eps: float
     norm_after: str | None = None
+
+    @property
+    def exit(self) -> Site | None:
+        """The linear whose output is added to the residual stream as it is."""
+        return None if self.norm_after else self.part.exit
 
     def forward(self, x: Array, weights: Weights, observe: Observe | None = None) -> Array:
         """What is added to the residual stream x."""
@@ -78,6 +88,7 @@ class FeedForward:
     activation: Callable[[Array], Array] = silu
     slope: Callable[[Array], Array] = silu_slope
     entry: Site = ("ffn_gate", "ffn_up")
+    exit: Site = ("ffn_down",)
     product: ClassVar[tuple[str, str]] = (
         "ffn_up",
         "ffn_down",
@@ -89,14 +100,14 @@ class FeedForward:
         gate = elementwise(self.activation, gate)
         gate *= up
         del up
-        (down,) = apply_linears(gate, weights, ("ffn_down",), observe)
+        (down,) = apply_linears(gate, weights, self.exit, observe)
         return down
 
     def vjp(self, dy: Array, x: Array, weights: Weights, observe: ObserveGradients | None = None) -> Array:
         """See `Part`."""
         gate, up = apply_linears(x, weights, self.entry, None)
         active = elementwise(self.activation, gate.copy())
-        dy = apply_linears_vjp([dy], active * up, weights, ("ffn_down",), observe)
+        dy = apply_linears_vjp([dy], active * up, weights, self.exit, observe)
         up *= elementwise(self.slope, gate)
         up *= dy
         active *= dy
@@ -114,6 +125,7 @@ class Attention:
     window: int | None = None  # tokens that a token sees; None: all
     gated: bool = False  # attn_q gives each head a query and a gate of its output
     entry: Site = ("attn_q", "attn_k", "attn_v")
+    exit: Site = ("attn_output",)
 
     def forward(self, x: Array, weights: Weights, observe: Observe | None = None) -> Array:
         """See `Part`."""
@@ -122,7 +134,7 @@ class Attention:
         out = causal_attention(q, k, v, scale=self.scale, window=self.window, inputs=x, observe=observe)
         if gate is not None:
             out *= sigmoid(gate)
-        (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, ("attn_output",), observe)
+        (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, self.exit, observe)
         return out
 
     def vjp(self, dy: Array, x: Array, weights: Weights, observe: ObserveGradients | None = None) -> Array:
@@ -133,7 +145,7 @@ class Attention:
         out = causal_attention(q, k, v, scale=self.scale, window=self.window)
         share = None if gate is None else sigmoid(gate)
         gated = out if share is None else out * share
-        d_out = apply_linears_vjp([dy], gated.reshape(flat), weights, ("attn_output",), observe).reshape(out.shape)
+        d_out = apply_linears_vjp([dy], gated.reshape(flat), weights, self.exit, observe).reshape(out.shape)
         if share is not None:
             d_gate = d_out * gated * (1 - share)
             d_out *= share

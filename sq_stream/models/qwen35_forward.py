@@ -64,6 +64,7 @@ class DeltaNet:
     head_dim: int  # of keys and values
     eps: float
     entry: Site = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha")
+    exit: Site = ("ssm_out",)
 
     def forward(self, x: Array, weights: Weights, observe: Observe | None = None) -> Array:
         """See `parts.Part`."""
@@ -73,7 +74,7 @@ class DeltaNet:
         log_decay = weights["ssm_a"] * softplus(alpha + weights["ssm_dt.bias"])  # [..., n_tok, n_value_head]
         out = rms_norm(gated_delta(q, k, v, log_decay, sigmoid(beta)), weights["ssm_norm.weight"], self.eps)
         out *= elementwise(silu, z).reshape(out.shape)
-        (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, ("ssm_out",), observe)
+        (out,) = apply_linears(out.reshape(*x.shape[:-1], -1), weights, self.exit, observe)
         return out
 
     def vjp(self, dy: Array, x: Array, weights: Weights, observe: ObserveGradients | None = None) -> Array:
@@ -87,7 +88,7 @@ class DeltaNet:
         read = gated_delta(*delta)
         out = rms_norm(read, weights["ssm_norm.weight"], self.eps)
         gate = elementwise(silu, z.copy()).reshape(out.shape)
-        d_out = apply_linears_vjp([dy], (out * gate).reshape(z.shape), weights, ("ssm_out",), observe)
+        d_out = apply_linears_vjp([dy], (out * gate).reshape(z.shape), weights, self.exit, observe)
         d_z = elementwise(silu_slope, z) * d_out * out.reshape(z.shape)
         gate *= d_out.reshape(gate.shape)
         d_read = rms_norm_vjp(gate, read, weights, "ssm_norm", self.eps, observe)

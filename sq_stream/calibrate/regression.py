@@ -1,0 +1,46 @@
+"""Linear regression on activations, trusted as far as it holds for text that it was not fitted to."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.calibrate.sketch import Sketch
+
+Array = NDArray[np.float32]
+
+DAMPING = 0.01  # of the mean diagonal, added to the diagonal
+
+
+def shrunk_regression(sketch: Sketch, fitted: Array, held: Array) -> Array:
+    """Coefficients of y on x, each direction of x explaining y as far as other text confirms.
+
+    In the coordinates z = L⁻¹ x, E[x xᵀ] = L Lᵀ, all directions are alike. Along each, the fit says that E[y z] is c,
+    and the other text that it is d. Of c the share c·d / c·c is kept, from 0 to 1, which the noise of both has no part in.
+    Otherwise a fit explains some of y by chance, having so many directions, and a chain of fits to the same text ever
+    more of it.
+
+    Args:
+        sketch: of x: exact.
+        fitted: mean of y xᵀ over the tokens of the fit, float32 [n_out, n_in].
+        held: the same over other tokens.
+
+    Returns:
+        float32 [n_out, n_in].
+    """
+    a = sketch.dense()
+    a[np.diag_indices(len(a))] += np.float32(DAMPING) * (a.trace() / len(a) or np.float32(1))
+    lower = np.linalg.cholesky(a)
+    del a
+    along, held_along = np.linalg.solve(lower, fitted.T), np.linalg.solve(lower, held.T)  # [n_in, n_out]
+    confirmed = np.einsum("ij,ij->i", along, held_along, dtype=np.float64)
+    energy = np.einsum("ij,ij->i", along, along, dtype=np.float64)
+    share = np.divide(confirmed, energy, out=np.zeros_like(energy), where=energy > 0)
+    along *= np.clip(share, 0, 1)[:, None].astype(np.float32)
+    coefficients: Array = np.ascontiguousarray(np.linalg.solve(lower.T, along).T)
+    return coefficients
+
+
+def needed_bytes(n_out: int, n_in: int) -> int:
+    """Resident bytes at the peak, of arguments and all."""
+    return 4 * (4 * n_in**2 + 6 * n_out * n_in)

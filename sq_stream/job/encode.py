@@ -1,0 +1,125 @@
+"""Encoding: every tensor of a plan into its place in the partial file, tile by tile, each by itself or in its turn."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream.calibrate.sketches import Sketches
+from sq_stream.events import OnEvent, Progress, StageStarted, TensorFinished
+from sq_stream.formats.checkpoint import check_finite
+from sq_stream.formats.gguf_write import GGUFFile
+from sq_stream.formats.journal import Journal
+from sq_stream.formats.storage import storage_errors
+from sq_stream.job.plan import Plan, PlannedTensor
+from sq_stream.job.tiles import row_tiles
+from sq_stream.parallel import Workers, one_kernel_thread, set_kernel_threads
+from sq_stream.quantize.smooth import UNSCALED, Scaling
+
+if TYPE_CHECKING:
+    from sq_stream.quantize.encode import Encoder
+
+Array = NDArray[np.float32]
+
+
+class Encoding:
+    """The tensors of a plan on their way into its file; those with a checksum are there already.
+
+    Args:
+        plan: the job.
+        sketches: of what enters the linears, smoothed; None: the weights are all that is known.
+        scalings: what tensors are multiplied by, by name.
+        file: the partial file.
+        journal: told of each tensor when it is on disk.
+        checksums: CRC-32 of the tensors that are done, by name; those of the others are added.
+        on_event: told of the progress.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sketches: Sketches | None,
+        scalings: Mapping[str, Scaling],
+        file: GGUFFile,
+        journal: Journal,
+        checksums: dict[str, int],
+        on_event: OnEvent,
+    ) -> None:
+        self.plan, self.sketches, self.scalings = plan, sketches, scalings
+        self.file, self.journal, self.checksums = file, journal, checksums
+        self._on_event = on_event
+        self._n_done = sum(_n_weights(t) for t in plan.tensors if t.source.name in checksums)
+
+    def run(self) -> None:
+        """Encode what is not done.
+
+        Raises:
+            BadInputError: a weight is NaN or infinite.
+            StorageError: reading or writing failed; what is done is kept.
+        """
+        from sq_stream.job.in_turn import encode_in_turn
+        from sq_stream.quantize.encode import make_encoder
+
+        in_turn = self.plan.pairing.linears if self.plan.pairing else frozenset()
+        self._on_event(StageStarted("encode", self.plan.n_weights))
+        set_kernel_threads(self.plan.settings.threads)
+        with Workers(self.plan.settings.threads, one_kernel_thread) as workers:
+            for tensor in self.plan.tensors:
+                name = tensor.source.name
+                if name not in self.checksums and name not in in_turn:
+                    sketch = self.sketches.get(name) if self.sketches else None
+                    self.encode(tensor, make_encoder(tensor.type, sketch, workers))
+            if in_turn:
+                encode_in_turn(self, workers)
+
+    def tell(self, what: str, n_encoded: int = 0) -> None:
+        """Say what is going on; `n_encoded` weights of an unfinished tensor are encoded."""
+        self._on_event(Progress("encode", what, self._n_done + n_encoded, self.plan.n_weights))
+
+    def encode(
+        self, tensor: PlannedTensor, encode: Encoder, wanted: Callable[[Array, slice], Array] = lambda w, rows: w
+    ) -> None:
+        """Encode one tensor in row tiles; after this it need not be encoded again.
+
+        `wanted` says what is to be encoded in the place of the scaled rows w [n, n_in], and is told which they are.
+        """
+        source, crc = tensor.source, 0
+        scaling = self.scalings.get(source.name, UNSCALED)
+        for rows in row_tiles(source.n_rows, source.n_in, self.plan.budget.tile_weights):
+            x = source.read(self.plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
+            check_finite(x, source.source or source.name, rows.start)
+            data = encode(wanted(scaling.apply(x, rows), rows))  # [n_tile, row_bytes]
+            self.file.write_rows(tensor.layout, rows.start, data)
+            crc = zlib.crc32(data.data, crc)
+            self.tell(source.name, rows.stop * source.n_in)
+        self.file.sync()
+        self.journal.append({"tensor": source.name, "crc32": crc})
+        self.checksums[source.name] = crc
+        self._n_done += _n_weights(tensor)
+        self._on_event(TensorFinished(source.name, tensor.type.name, _n_weights(tensor), tensor.layout.n_bytes))
+
+
+def streams_folder(output: Path) -> Path:
+    """Where the residual streams of both models are while a job is unfinished."""
+    return output.with_name(output.name + ".streams")
+
+
+def remove_streams(output: Path) -> None:
+    """Delete them.
+
+    Raises:
+        StorageError: deleting fails.
+    """
+    folder = streams_folder(output)
+    with storage_errors("deleting", folder):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+
+
+def _n_weights(tensor: PlannedTensor) -> int:
+    return tensor.source.n_rows * tensor.source.n_in

@@ -1,0 +1,108 @@
+"""Encoding linears in their turn: each makes up for the errors of those before it, seen in a paired pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from sq_stream.calibrate.gguf_weights import GGUFWeights
+from sq_stream.calibrate.paired import HEAD, Meeting, PairedPass, Side
+from sq_stream.calibrate.sketches import is_linear
+from sq_stream.calibrate.streamed import LostWorkError, Residuals, into_batches
+from sq_stream.calibrate.weights import LayerReader, zeros
+from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.job.encode import Encoding, streams_folder
+from sq_stream.job.plan import Plan
+from sq_stream.models.base import ModelSpec, TensorMap
+from sq_stream.models.forward import layer_names
+from sq_stream.models.layers import Site
+from sq_stream.parallel import Workers
+from sq_stream.quantize.encode import make_encoder
+
+
+def encode_in_turn(encoding: Encoding, workers: Workers) -> None:
+    """Encode the linears of `plan.pairing` that are not done; all other tensors must be.
+
+    Raises:
+        BadInputError: weights or activations are NaN or infinite.
+        StorageError: reading or writing failed; what is done is kept.
+    """
+    finished = max((record["branches"] for record in encoding.journal.records if "branches" in record), default=0)
+    with GGUFReader.open(encoding.file.partial) as file:
+        turns = _Turns(encoding, file, workers)
+        try:
+            turns.take(finished)
+        except LostWorkError:
+            turns.take(0)
+
+
+class _Turns:
+    def __init__(self, encoding: Encoding, file: GGUFReader, workers: Workers) -> None:
+        plan = encoding.plan
+        assert plan.calibration is not None
+        assert plan.pairing is not None
+        self._encoding, self._workers, self._pairing = encoding, workers, plan.pairing
+        self._tensors = {tensor.source.name: tensor for tensor in plan.tensors}
+        self._stage = ""
+        decoder, folder = plan.calibration.decoder, streams_folder(plan.settings.output)
+        fit = into_batches(plan.calibration.windows)
+        batches = [*fit, *into_batches(plan.pairing.held)]
+        reference, quantized = plan.calibration.reader, LayerReader(_as_stored(plan), GGUFWeights(file))
+        self._quantized = quantized
+        self._pass = PairedPass(
+            Side(
+                Residuals(folder / "reference", batches, reference, decoder),
+                lambda i: _end(reference) if i == HEAD else reference.layer(i, resident=self._pairing.resident),
+            ),
+            Side(Residuals(folder / "quantized", batches, quantized, decoder), self._layer),
+            columns={name: s.columns for name, s in encoding.scalings.items() if s.columns is not None},
+            n_fit=len(fit),
+            workers=workers,
+            tell=encoding.tell,
+        )
+
+    def take(self, finished: int) -> None:
+        """Go through all branches but those that are finished."""
+        for b in range(finished, len(self._pairing.branches)):
+            self._stage = f"blk.{b // 2}."
+            waiting = {site: n for site, n in self._pairing.branches[b].items() if self._waiting(self._stage, site)}
+            self._pass.run_branch(b, waiting, self._encode)
+            self._encoding.journal.append({"branches": b + 1})
+        self._stage = ""
+        if self._pairing.head and self._waiting("", (self._pairing.head,)):
+            self._pass.run_head(self._pairing.head, self._encode)
+
+    def _waiting(self, prefix: str, site: Site) -> list[str]:
+        """The linears of a site that are not encoded."""
+        names = (f"{prefix}{name}.weight" for name in site)
+        return [name for name in names if name not in self._encoding.checksums]
+
+    def _encode(self, site: Site, meeting: Meeting) -> None:
+        for name in self._waiting(self._stage, site):
+            tensor = self._tensors[name]
+            encode = make_encoder(tensor.type, meeting.sketch, self._workers)
+            self._encoding.encode(tensor, encode, partial(meeting.wanted, workers=self._workers))
+
+    def _layer(self, i: int) -> Mapping[str, Any]:
+        """Tensors of layer i as they are in the file; those that are not yet are zero."""
+        if i == HEAD:
+            return _end(self._quantized)
+        shapes, weights = self._quantized.shapes(i), dict[str, Any]()
+        for short, name in layer_names(self._quantized.names, i).items():
+            if is_linear(name, shapes[short]) and name not in self._encoding.checksums:
+                weights |= zeros({short: shapes[short]})
+            else:
+                weights[short] = self._quantized.tensor(name, resident=self._pairing.resident)
+        return weights
+
+
+def _end(reader: LayerReader) -> dict[str, Any]:
+    """What comes before the output matrix."""
+    return {name: reader.read(name) for name in ("output_norm.weight",)}
+
+
+def _as_stored(plan: Plan) -> ModelSpec:
+    """The model with its tensors as they are in the file."""
+    tensors = tuple(TensorMap(t.name, t.shape, t.name) for t in plan.spec.tensors)
+    return ModelSpec(plan.spec.arch, plan.spec.n_layer, tensors, plan.spec.metadata)
