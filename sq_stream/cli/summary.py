@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +17,7 @@ from click.core import ParameterSource
 from sq_stream.cli.config import command_names, option_name
 from sq_stream.cli.console import error_fields
 from sq_stream.formats.atomic import atomic_write
-from sq_stream.formats.storage import sha256_of
+from sq_stream.formats.storage import open_locked, sha256_of
 from sq_stream.job.timeline import peak_ram
 from sq_stream.report.files import check_paths
 from sq_stream.versions import machine, versions
@@ -24,11 +26,14 @@ FORMAT = "sq-stream run"
 VERSION = 1
 """Of the JSON form (summary.schema.json); a field may be added without a new one."""
 
+WRITERS = ("quantize", "calibrate", "demo")
+"""Commands whose result names the file that they have written as `output`."""
+
 _SOURCES = {ParameterSource.COMMANDLINE: "command line", ParameterSource.DEFAULT_MAP: "config file"}
 
 
 class RunSummary:
-    """A file that is written when a run begins, and again when it ends.
+    """A file that is written when a run begins, and again when it ends; FILE.json.lock is locked in between.
 
     Whoever finds only the beginning, `exit_code` being null, knows that the run goes on or was killed.
     """
@@ -38,11 +43,14 @@ class RunSummary:
 
         Raises:
             UsageError: `path` does not end in .json, is a folder, or lies among the files of a checkpoint.
+            InterruptedJobError: it is the summary of another process that runs.
             StorageError: it cannot be written.
         """
         folders = (ctx.params.get(name) for name in ("model_dir", "ref"))
         check_paths([path], [folder for folder in folders if folder is not None], "--summary", (".json",))
         self._path = path
+        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock = open_locked(self._lock_path, os.O_RDWR | os.O_CREAT)
         self._start = datetime.now(timezone.utc)
         self._beginning = {
             "format": FORMAT,
@@ -54,7 +62,11 @@ class RunSummary:
             "versions": versions(),
             "started": self._start.isoformat(timespec="milliseconds"),
         }
-        self._write(ended=None, seconds=None, exit_code=None, error=None, result=None, peak_ram=None, notes=[])
+        try:
+            self._write(ended=None, seconds=None, exit_code=None, error=None, result=None, peak_ram=None, notes=[])
+        except BaseException:
+            self._unlock()
+            raise
 
     def end(self, exit_code: int, error: BaseException | None, result: Any, notes: Sequence[str]) -> None:
         """Write how the run ended.
@@ -62,8 +74,14 @@ class RunSummary:
         Raises:
             StorageError: it cannot be written.
         """
+        try:
+            self._end(exit_code, error, result, notes)
+        finally:
+            self._unlock()
+
+    def _end(self, exit_code: int, error: BaseException | None, result: Any, notes: Sequence[str]) -> None:
         now = datetime.now(timezone.utc)
-        if error is None and isinstance(result, dict) and result.get("output"):
+        if error is None and result is not None and self._beginning["command"] in WRITERS:
             result["sha256"] = sha256_of(Path(result["output"]))
         self._write(
             ended=now.isoformat(timespec="milliseconds"),
@@ -74,6 +92,11 @@ class RunSummary:
             peak_ram=peak_ram(),
             notes=list(notes),
         )
+
+    def _unlock(self) -> None:
+        with suppress(OSError):
+            self._lock_path.unlink()
+        os.close(self._lock)
 
     def _write(self, **end: Any) -> None:
         fields = {**self._beginning, "machine": machine(), **end}
