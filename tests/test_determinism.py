@@ -98,12 +98,11 @@ def test_the_file_says_how_another_process_makes_it_again(whole: Path, tmp_path:
     assert (tmp_path / "x.gguf").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["blk.0.ffn_gate.weight", "blk.3.attn_k.weight"])
-def test_an_interruption_changes_no_byte(name: str, effort: str, whole: Path, tmp_path: Path) -> None:
+def test_an_interruption_changes_no_byte(effort: str, whole: Path, tmp_path: Path) -> None:
     def quantize(**more: Any) -> None:
         api.quantize(MODEL, tmp_path / "x.gguf", effort=effort, cache=whole.parent / "cache", **OPTIONS, **more)
 
     with pytest.raises(Stop):
-        quantize(on_event=stop_at(name))
+        quantize(on_event=stop_at("blk.3.attn_k.weight"))
     quantize()
     assert (tmp_path / "x.gguf").read_bytes() == whole.read_bytes()
