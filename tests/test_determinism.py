@@ -24,7 +24,6 @@ from sq_stream.job.settings import EFFORTS
 from sq_stream.parallel import SLAB
 
 MODEL = model_folder()
-AVAILABLE = [effort for effort in EFFORTS if effort != "best"]
 TYPES = {
     r"blk\.0\.ffn_down": "q4_k",
     r"blk\.1\.attn_gate": "q5_k",
@@ -58,7 +57,7 @@ def stop_at(name: str) -> Callable[[Event], None]:
     return on_event
 
 
-@pytest.fixture(scope="module", params=AVAILABLE)
+@pytest.fixture(scope="module", params=EFFORTS)
 def effort(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -16,7 +16,7 @@ def shrunk_regression(sketch: Sketch, fitted: Array, held: Array) -> Array:
     """Coefficients of y on x, each direction of x explaining y as far as other text confirms.
 
     In the coordinates z = L⁻¹ x, E[x xᵀ] = L Lᵀ, all directions are alike. Along each, the fit says that E[y z] is c,
-    and the other text that it is d. Of c the share c·d / c·c is kept, from 0 to 1, which the noise of both has no part in.
+    and the other text that it is d. Of c the share c·d / c·c is kept, from 0 to 1: the noise of both has no part in it.
     Otherwise a fit explains some of y by chance, having so many directions, and a chain of fits to the same text ever
     more of it.
 
