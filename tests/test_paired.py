@@ -90,9 +90,8 @@ def test_what_is_known_at_a_site_is_what_two_plain_passes_give(name, open_model,
         both = PairedPass(*sides, {k: v.astype(np.float32) for k, v in columns.items()}, N_FIT, workers)
         for b in range(2 * decoder.n_layer):
             prefix, part = f"blk.{b // 2}.", decoder.branch(b).part
-            known = [
-                site for site in seen if site.startswith(prefix) and site.startswith(f"{prefix}ffn") == bool(b % 2)
-            ]
+            of_layer = [s.removeprefix(prefix) for s in seen if s.startswith(prefix)]
+            own = [s for s in of_layer if s.startswith("ffn") == bool(b % 2)]
             of_site = {part.entry[0]: part.entry, "attn_q": ("attn_q", "attn_k")}
             sites = {of_site.get(s, (s,)): seen[prefix + s].shape[-1] for s in own}
             both.run_branch(b, sites, lambda site, meeting, prefix=prefix: quantize(prefix, site, meeting))
