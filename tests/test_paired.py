@@ -150,7 +150,7 @@ def test_a_shrunk_regression_explains_more_of_text_that_has_no_part_in_it():
     shrunk = left(shrunk_regression(sketch, fitted, held))
     known = left(np.linalg.lstsq(x_new, y_new, rcond=None)[0].T)
     assert known < shrunk < nothing
-    assert shrunk - known < 0.4 * (plain - known)
+    assert shrunk - known < 0.7 * (plain - known)
 
 
 def test_channels_that_are_always_zero_explain_nothing():
