@@ -23,6 +23,7 @@ from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.strict_json import brief
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import Decoder, find_decoder
 from sq_stream.models.layers import Site
@@ -100,11 +101,14 @@ class Calibration:
             StorageError: reading or writing failed; finished layers are kept.
         """
         entry = self._complete(on_event)
+        widths = {site: n_in for layer in self.layers for site, n_in in layer.sites}
 
         def load(site: Site) -> Sketch:
             nonlocal entry
             try:
-                return entry.load(site)
+                if site not in widths:
+                    raise BadInputError(f"{entry.folder} has statistics of {brief(site)}, not this model's")
+                return entry.load(site, (self.ranks.get(widths[site], widths[site]), widths[site]))
             except (BadInputError, StorageError) as error:
                 on_event(Note(f"{error}; calibrating anew"))
                 entry.discard()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 from sq_stream.errors import BadInputError
+from sq_stream.formats.strict_json import brief
 from sq_stream.text.tokenizer_json import BpeTokenizer
 from sq_stream.text.tokens import TokenTable, TokenType, added_token_type, written
 
@@ -28,9 +29,10 @@ def token_table(tokenizer: BpeTokenizer, added_texts: list[str], n_vocab: int) -
         BadInputError: the tokenizer has more ids than the model, or the same text twice.
     """
     ids = {**tokenizer.vocab, **{token.content: token.id for token in tokenizer.added}}
-    if (largest := max(ids, key=ids.__getitem__)) and ids[largest] >= n_vocab:
+    largest = max(ids, key=ids.__getitem__)
+    if ids[largest] >= n_vocab:
         raise BadInputError(
-            f"tokenizer.json: token {largest!r} has id {ids[largest]}, but the model has embeddings for {n_vocab} "
+            f"tokenizer.json: token {brief(largest)} has id {ids[largest]}, but the model has embeddings for {n_vocab} "
             "tokens only: this tokenizer belongs to another model"
         )
     table = TokenTable.unused(n_vocab)
@@ -57,7 +59,7 @@ def _decoded(tokenizer: BpeTokenizer) -> list[str]:
     try:
         decode = Tokenizer.from_str(json.dumps(small)).decode
     except Exception as error:  # what the library raises
-        raise BadInputError(f"tokenizer.json: its decoder cannot be read: {error}") from error
+        raise BadInputError(f"tokenizer.json: its decoder cannot be read: {brief(str(error))}") from error
     return [token.content if token.normalized else decode([i]) for i, token in enumerate(added)]
 
 

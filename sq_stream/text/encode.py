@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sq_stream.errors import BadInputError
+from sq_stream.formats.strict_json import brief
 from sq_stream.text import spm
 from sq_stream.text.files import read_json_object, read_text
 
@@ -54,7 +55,7 @@ def _from_json(path: Path, text: str) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # what the library raises
-        raise BadInputError(f"{path}: the tokenizers library cannot read it: {error}") from error
+        raise BadInputError(f"{path}: the tokenizers library cannot read it: {brief(str(error))}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Tokenizer(
@@ -72,7 +73,7 @@ def _from_model(folder: Path) -> Tokenizer:
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise BadInputError(f"{path}: sentencepiece cannot read it: {error}") from error
+        raise BadInputError(f"{path}: sentencepiece cannot read it: {brief(str(error))}") from error
     config = read_json_object(folder / "tokenizer_config.json") or {}
     added = {text: token_id for token_id, text, _ in spm.added_tokens(folder, config)}
     added |= {pieces.id_to_piece(i): i for i in range(pieces.vocab_size()) if pieces.is_control(i)}
