@@ -102,8 +102,9 @@ def _parse_entry(name: str, fields: Any, path: Path, data_start: int) -> TensorE
     begin, end = offsets
     n_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if n_bits % 8 or end - begin != n_bits // 8:
+        needed = brief(n_bits // 8) + (str(n_bits % 8 / 8)[1:] if n_bits % 8 else "")
         raise BadInputError(
-            f"{path}: tensor {brief(name)} of shape {brief(shape)} and dtype {dtype} needs {n_bits / 8:.15g} bytes, "
+            f"{path}: tensor {brief(name)} of shape {brief(shape)} and dtype {dtype} needs {needed} bytes, "
             f"but its data_offsets {begin} to {end} hold {end - begin}; the file is damaged"
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)

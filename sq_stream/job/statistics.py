@@ -19,7 +19,7 @@ from sq_stream.formats.metadata import Entry, ValueType, array, string, u32
 from sq_stream.formats.storage import read_input
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
-from sq_stream.text.encode import Tokenizer
+from sq_stream.text.encode import ConfinedTokenizer
 from sq_stream.text.vocabulary import Vocabulary
 
 
@@ -68,7 +68,7 @@ def find_statistics(
         digest = hashlib.sha256(read_input(settings.imatrix, MAX_BYTES)).hexdigest()
         return Statistics(None, imatrix, {"imatrix": digest})
     corpus = build_corpus(
-        Tokenizer.open(settings.model_dir),
+        ConfinedTokenizer(settings.model_dir),
         vocabulary,
         ctx=settings.ctx,
         files=settings.calib,

@@ -6,8 +6,9 @@ Follows `get_vocab_base` and `SpecialVocab` of llama.cpp's converter (conversion
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
-from sq_stream.errors import BadInputError
+from sq_stream.errors import BadInputError, UnsupportedModelError
 from sq_stream.formats.strict_json import brief
 from sq_stream.text.tokenizer_json import BpeTokenizer
 from sq_stream.text.tokens import TokenTable, TokenType, added_token_type, written
@@ -52,9 +53,11 @@ def _decoded(tokenizer: BpeTokenizer) -> list[str]:
         return [token.content for token in added]
     from tokenizers import Tokenizer
 
+    if not isinstance(decoder := tokenizer.definition.get("decoder"), Mapping) or decoder.get("type") != "ByteLevel":
+        kind = decoder.get("type") if isinstance(decoder, Mapping) else decoder
+        raise UnsupportedModelError(f"tokenizer.json: the decoder of byte-level BPE is ByteLevel, not {brief(kind)}")
     # Only the decoder matters: a tokenizer of nothing but the added tokens decodes alike, and loads at once.
     vocab = {token.content: i for i, token in enumerate(added)}
-    decoder = tokenizer.definition.get("decoder")
     small = {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": decoder}
     try:
         decode = Tokenizer.from_str(json.dumps(small)).decode
