@@ -142,7 +142,9 @@ def run_target(options: argparse.Namespace, name: str) -> dict[str, Any]:
         own += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
     limit = options.seconds + 120 + 10 * options.input_seconds
     try:
-        child = subprocess.run(own, stdout=subprocess.PIPE, timeout=limit, check=False)
+        child = subprocess.run(
+            own, stdout=subprocess.PIPE, timeout=limit, check=False, env={**os.environ, "NUMBA_NUM_THREADS": "1"}
+        )
     except subprocess.TimeoutExpired:
         return {"faults": 1, "died": "hung"}
     for line in reversed(child.stdout.decode(errors="replace").splitlines()):

@@ -206,7 +206,8 @@ def _decoder(path: Path, reader: GGUFReader, reference: Reference) -> Decoder:
     try:
         if not 0 <= layers <= MAX_LAYERS:
             raise ValueError(f"{layers} layers")
-        decoder = find_decoder(arch, [*own, *(e for e in reference.spec.metadata if e.key not in present)])
+        with np.errstate(all="ignore"):  # what is not finite is found below
+            decoder = find_decoder(arch, [*own, *(e for e in reference.spec.metadata if e.key not in present)])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: its {arch}.* keys are not usable ({brief(str(error))}): it is damaged") from error
     if decoder.n_layer != reference.model.decoder.n_layer:
