@@ -114,11 +114,16 @@ def run_atheris(options: argparse.Namespace, scratch: Path) -> None:
     """Mutations that libFuzzer chooses by the coverage of sq_stream."""
     import atheris
 
-    with atheris.instrument_imports(include=["sq_stream"]):
+    with atheris.instrument_imports(include=["sq_stream"]):  # before anything has imported it
+        import fuzzing
+
         import sq_stream.calibrate.calibration
         import sq_stream.cli
         import sq_stream.evaluate.run
         import sq_stream.job.run  # noqa: F401
+
+        fuzzing.use_folder(scratch / "making")
+        fuzzing.MAKERS[options.target[0]]()
     worker = Worker(options, scratch / "work")
     corpus = scratch / "corpus"
     corpus.mkdir()
@@ -154,10 +159,8 @@ def run_target(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    import fuzzing
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", choices=sorted(fuzzing.MAKERS), help="default: all")
+    parser.add_argument("--target", action="append", metavar="NAME", help="of tests/fuzzing.py; default: all")
     parser.add_argument("--engine", choices=("atheris", "random"), default="atheris")
     parser.add_argument("--seconds", type=float, default=60, help="for each target")
     parser.add_argument("--seed", type=int, default=1)
@@ -168,15 +171,17 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
+        if options.worker:
+            if options.engine == "atheris":
+                run_atheris(options, Path(scratch))
+            run_random(Worker(options, Path(scratch)), options.seed)
+        import fuzzing
+
         if options.replay:
             fuzzing.use_folder(Path(scratch))
             target = fuzzing.MAKERS[options.target[0]]()
             print("accepted" if target.check(Path(options.replay).read_bytes()) else "refused")
             return 0
-        if options.worker:
-            if options.engine == "atheris":
-                run_atheris(options, Path(scratch))
-            run_random(Worker(options, Path(scratch)), options.seed)
         results = {}
         for name in options.target or fuzzing.MAKERS:
             results[name] = run_target(options, name)

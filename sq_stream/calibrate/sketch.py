@@ -198,16 +198,15 @@ def read_sketch(path: Path, largest: tuple[int, int] | None = None) -> Sketch:
             raise BadInputError(f"{path} is damaged: its diagonal holds what no mean square is")
         if np.count_nonzero(diagonal) != sum(width for _, width in header.panels):
             raise BadInputError(f"{path} is damaged: its header and its diagonal differ in the number of live channels")
-        panels = (_panel(frame(np.float32, width), frame(np.int16, rank, width)) for rank, width in header.panels)
-        sketch = _assemble(header.n_tokens, diagonal, header.rank, panels)
-    if not np.isfinite(sketch.residual.sum()):
-        raise BadInputError(f"{path} is damaged: its factor is not finite")
-    return sketch
+        panels = (_panel(frame(np.float32, width), frame(np.int16, rank, width), path) for rank, width in header.panels)
+        return _assemble(header.n_tokens, diagonal, header.rank, panels)
 
 
-def _panel(scale: Array, codes: NDArray[np.int16]) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):  # found below
+def _panel(scale: Array, codes: NDArray[np.int16], path: Path) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
         x: Array = scale * codes
+    if not np.isfinite(x).all():
+        raise BadInputError(f"{path} is damaged: its factor is not finite")
     return x
 
 

@@ -10,6 +10,7 @@ import click
 
 from sq_stream import __version__
 from sq_stream.cli.console import Console
+from sq_stream.cli.echo import echo
 from sq_stream.cli.options import (
     as_json,
     cache,
@@ -72,7 +73,7 @@ def plan(model_dir: Path, as_json: bool, **options: Any) -> None:
         from sq_stream.cli import tables
 
         job = api.plan(model_dir, **options)
-        click.echo(tables.to_json(tables.plan_fields(job)) if as_json else tables.plan_text(job))
+        echo(tables.to_json(tables.plan_fields(job)) if as_json else tables.plan_text(job))
 
 
 @cli.command()
@@ -85,7 +86,7 @@ def inspect(path: Path, as_json: bool) -> None:
         from sq_stream.cli import tables
 
         summary = api.inspect(path)
-        click.echo(tables.to_json(summary) if as_json else tables.summary_text(summary))
+        echo(tables.to_json(summary) if as_json else tables.summary_text(summary))
 
 
 @cli.command()
@@ -106,7 +107,7 @@ def verify(file: Path, against: Path | None, max_ram: str, as_json: bool, log_fo
         from sq_stream.cli import tables
 
         checks = api.verify(file, against, max_ram=max_ram, on_event=console)
-        click.echo(tables.to_json(checks) if as_json else tables.checks_text(checks))
+        echo(tables.to_json(checks) if as_json else tables.checks_text(checks))
 
 
 @cli.command("eval")
@@ -126,7 +127,7 @@ def evaluate(files: tuple[Path, ...], as_json: bool, log_format: str, **options:
         from sq_stream.cli import scores, tables
 
         evaluation = api.evaluate(files, on_event=console, **options)
-        click.echo(tables.to_json(evaluation) if as_json else scores.evaluation_text(evaluation))
+        echo(tables.to_json(evaluation) if as_json else scores.evaluation_text(evaluation))
 
 
 @cli.command()
@@ -176,7 +177,7 @@ def cache_list(cache: Path | None, as_json: bool) -> None:
         from sq_stream.cli import tables
 
         store = Store(cache)
-        click.echo(tables.to_json(store.list()) if as_json else tables.cache_text(store.folder, store.list()))
+        echo(tables.to_json(store.list()) if as_json else tables.cache_text(store.folder, store.list()))
 
 
 @cache_group.command("clear")
@@ -188,7 +189,7 @@ def cache_clear(keys: tuple[str, ...], cache: Path | None) -> None:
         from sq_stream.calibrate.store import Store
         from sq_stream.units import format_size
 
-        click.echo(f"freed {format_size(Store(cache).clear(keys or None))}")
+        echo(f"freed {format_size(Store(cache).clear(keys or None))}")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from sq_stream.cli.echo import echo, printable
 from sq_stream.errors import InterruptedJobError, SqStreamError, StorageError
 from sq_stream.events import Event, Finished, Note, Progress, StageStarted, TensorFinished
 from sq_stream.units import format_duration, format_size
@@ -67,7 +68,7 @@ class View:
 
     def fail(self, error: SqStreamError) -> None:
         """Show the error that ended the command."""
-        click.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
 
     def close(self) -> None:
         """Leave the terminal in order."""
@@ -88,7 +89,7 @@ class PlainView(View):
             line = f"{event.stage}: {100 * event.done / max(event.total, 1):.0f}%, {event.tensor}"
         self._next_line = time.monotonic() + PLAIN_INTERVAL
         if line:
-            click.echo(line, err=True)
+            echo(line, err=True)
 
 
 class BarView(View):
@@ -103,11 +104,11 @@ class BarView(View):
             self.close()
             self._bar = self._new_bar(event)
         elif isinstance(event, Progress) and self._bar is not None:
-            self._bar.set_postfix_str(event.tensor, refresh=False)
+            self._bar.set_postfix_str(printable(event.tensor), refresh=False)
             self._bar.update(event.done - self._bar.n)
         elif isinstance(event, (Note, Finished)):
             self.close()
-            click.echo(describe(event), err=True)
+            echo(describe(event), err=True)
 
     @staticmethod
     def _new_bar(stage: StageStarted) -> Any:
@@ -138,7 +139,7 @@ class JsonView(View):
 
     @staticmethod
     def _write(event: str, fields: dict[str, Any]) -> None:
-        click.echo(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), err=True)
+        echo(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), err=True)
 
 
 def _snake_case(name: str) -> str:
