@@ -446,6 +446,22 @@ def test_the_empty_token_has_no_id_beyond_the_model(tmp_path: Path) -> None:
         read_vocabulary(copy, arch="qwen2", n_vocab=n_vocab_of(GOLDEN / "qwen2"))
 
 
+def test_a_token_of_a_million_characters_is_refused_at_once(tmp_path: Path) -> None:
+    copy = spoilt(tmp_path, lambda t: t["model"]["vocab"].update({"a" * 10**6: 400}), "llama-json")
+    with pytest.raises(BadInputError, match="a token has 1000000 characters"):
+        read_vocabulary(copy, arch="llama", n_vocab=10**4)
+
+
+def test_long_arrays_are_shown_without_making_lists_of_them(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", [array("a", ValueType.UINT8, bytes(2**20))], [])
+    tracemalloc.start()
+    summary = api.inspect(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert summary.metadata["a"] == {"length": 2**20, "first": [0] * 6}  # type: ignore[union-attr]
+    assert peak < 2**22
+
+
 def test_an_id_of_five_thousand_digits_is_refused(tmp_path: Path) -> None:
     copy = spoilt(tmp_path, lambda t: None)
     (copy / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}))

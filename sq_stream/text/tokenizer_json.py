@@ -11,6 +11,8 @@ from sq_stream.formats.strict_json import brief, shown
 
 _WHERE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_TOKEN = 2**11
+"""Characters of a token: what is asked of all its parts takes time by the square of that."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ def parse_bpe(definition: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 
 
 def check_ids(vocab: Mapping[str, Any], where: str) -> None:
-    """Refuse a vocabulary whose ids are not distinct numbers from 0.
+    """Refuse a vocabulary whose ids are not distinct numbers from 0, or that has absurdly long tokens.
 
     Raises:
         BadInputError: an id is not a number, is negative, or is given twice.
     """
+    if any(len(token) > MAX_TOKEN for token in vocab):
+        raise BadInputError(f"{where}: a token has {max(map(len, vocab))} characters; at most {MAX_TOKEN} are read")
     if bad := next((item for item in vocab.items() if type(item[1]) is not int or item[1] < 0), None):
         raise BadInputError(f"{where}: token {brief(bad[0])} has id {brief(bad[1])}, not a number from 0")
     if len(set(vocab.values())) == len(vocab):
