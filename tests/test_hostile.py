@@ -135,6 +135,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--windows", "2", "--ctx", "64", "--cache", "cache", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "anew" not in done.stderr
     return folder
 
 

@@ -101,14 +101,15 @@ class Calibration:
             StorageError: reading or writing failed; finished layers are kept.
         """
         entry = self._complete(on_event)
-        widths = {site: n_in for layer in self.layers for site, n_in in layer.sites}
+        widths = {t.name: t.n_rows if self.of_outputs else t.n_in for t in self.spec.tensors}
 
         def load(site: Site) -> Sketch:
             nonlocal entry
             try:
-                if site not in widths:
+                n = widths.get(f"{site[0]}.weight")
+                if n is None:
                     raise BadInputError(f"{entry.folder} has statistics of {brief(site)}, not this model's")
-                return entry.load(site, (self.ranks.get(widths[site], widths[site]), widths[site]))
+                return entry.load(site, (self.ranks.get(n, n), n))
             except (BadInputError, StorageError) as error:
                 on_event(Note(f"{error}; calibrating anew"))
                 entry.discard()
