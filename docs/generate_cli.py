@@ -6,6 +6,7 @@ Usage: python docs/generate_cli.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -24,11 +25,18 @@ def render() -> str:
     """The page's text."""
     assert isinstance(cli, click.Group)
     sections = [HEAD]
-    for arguments in [[], *([name] for name in cli.commands)]:
+    for arguments in _commands(cli):
         command = " ".join(["sq-stream", *arguments])
         help_text = CliRunner().invoke(cli, [*arguments, "--help"], prog_name="sq-stream", terminal_width=100).output
         sections.append(f"## {command}\n\n```text\n{help_text.rstrip()}\n```\n")
     return "\n".join(sections)
+
+
+def _commands(command: click.Command, *names: str) -> Iterator[list[str]]:
+    """The command's words, and those of its subcommands."""
+    yield list(names)
+    for name, sub in command.commands.items() if isinstance(command, click.Group) else ():
+        yield from _commands(sub, *names, name)
 
 
 if __name__ == "__main__":

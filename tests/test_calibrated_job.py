@@ -122,14 +122,6 @@ def test_the_smallest_memory_that_the_plan_names_works(
     ]
 
 
-@pytest.mark.parametrize("options", [{"threads": 1}, {"max_ram": "700M"}])
-def test_bytes_depend_on_neither_threads_nor_memory(
-    options: dict[str, Any], shaped: Path, quantize: Callable[..., list[Event]], tmp_path: Path
-) -> None:
-    quantize(tmp_path / "again.gguf", pure=True, cache=tmp_path / "cache", **options)
-    assert (tmp_path / "again.gguf").read_bytes() == shaped.read_bytes()
-
-
 def test_another_recipe_reuses_the_calibration(
     quantize: Callable[..., list[Event]], shaped: Path, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_exit_codes_of_the_help_are_those_of_the_errors() -> None:
     documented = {int(code) for code in re.findall(r"^ +(\d+)  ", EPILOG, re.MULTILINE)}
     raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.SqStreamError)}
-    assert documented - {0} == raised - {1}
+    assert documented == raised | {0}
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,6 @@ def test_verify_finds_a_block_that_decodes_to_infinity(demo_file: Path, tmp_path
     result = run("verify", tmp_path / "damaged.gguf")
     assert result.exit_code == 7
     assert "[0, " in result.stderr
-
-
-def test_demo_writes_a_sentence(tmp_path: Path) -> None:
-    result = run("demo", "-o", tmp_path / "kept.gguf", "--prompt", "The captain", "--tokens", "12")
-    assert result.exit_code == 0, result.output
-    assert "Q4_K" in result.stdout
-    continued = result.stdout.split("The captain")[-1]
-    assert len(re.findall(r"[a-z]{2,}", continued)) >= 3
-    assert (tmp_path / "kept.gguf").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

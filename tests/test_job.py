@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from sq_stream.errors import (
 from sq_stream.events import Event, OnEvent, TensorFinished
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_write import GGUFFile
-from sq_stream.job.run import run
+from sq_stream.job.settings import parse_settings
 
 MODEL = model_folder()
 plan = partial(api.plan, effort="fast")
@@ -61,19 +60,6 @@ def stop_after(n: int) -> OnEvent:
                 raise Stop
 
     return on_event
-
-
-@pytest.mark.parametrize("options", [{"threads": 1}, {"max_ram": "400M"}, {"overwrite": True, "fresh": True}])
-def test_bytes_depend_on_nothing_but_model_and_recipe(options: dict, whole: bytes, tmp_path: Path) -> None:
-    quantize(MODEL, tmp_path / "again.gguf", **options)
-    assert (tmp_path / "again.gguf").read_bytes() == whole
-
-
-def test_small_tiles_give_the_same_bytes(whole: bytes, tmp_path: Path) -> None:
-    job = plan(MODEL, tmp_path / "rows.gguf")
-    with job.checkpoint:
-        run(replace(job, budget=replace(job.budget, tile_weights=10_007)))
-    assert (tmp_path / "rows.gguf").read_bytes() == whole
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_s"])
@@ -230,3 +216,17 @@ def test_general_keys_say_what_the_model_is(whole: bytes, tmp_path: Path) -> Non
     assert value["general.size_label"] == "3.9M"
     assert value["general.name"]
     assert value["sq_stream.recipe"] == "q4_k_m"
+    assert value["sq_stream.options"] == "--type q4_k_m --effort fast"
+
+
+def test_the_options_in_the_file_are_all_that_decide_its_bytes(tmp_path: Path) -> None:
+    settings = parse_settings(
+        MODEL, tmp_path / "x.gguf", recipe="q8_0", pure=True, tensor_types=["a b=q6_k"], pre="smollm", mtp=True,
+        calib=["my.txt", "mail.txt"], calib_extend=True, ctx=128, windows=9, max_ram="1G", threads=1,
+    )  # fmt: skip
+    assert settings.command_options() == (
+        "--type q8_0 --effort balanced --tensor-type 'a b=q6_k' --pre smollm --pure --mtp "
+        "--ctx 128 --windows 9 --calib FILE --calib FILE --calib-extend"
+    )
+    imatrix = parse_settings(MODEL, imatrix=tmp_path / "m.gguf")
+    assert imatrix.command_options() == "--type q4_k_m --effort balanced --imatrix FILE"

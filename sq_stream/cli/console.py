@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sq_stream.cli.echo import echo, printable
-from sq_stream.errors import InterruptedJobError, SqStreamError, StorageError
+from sq_stream.errors import DoesNotFitError, InterruptedJobError, SqStreamError, StorageError
 from sq_stream.events import Event, Finished, Note, Progress, StageStarted, TensorFinished
 from sq_stream.units import format_duration, format_size
 
+if TYPE_CHECKING:
+    from sq_stream.cli.summary import RunSummary
+
 LOG_FORMATS = ("auto", "plain", "json")
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+JSON_INTERVAL = 1.0  # the same for machines
 
 
 class Console:
     """Shows events, and turns the errors raised inside its `with` block into a message and an exit code."""
 
-    def __init__(self, log_format: str = "auto") -> None:
-        if log_format == "json":
-            self._view: View = JsonView()
-        elif log_format == "auto" and sys.stderr.isatty():
-            self._view = BarView()
-        else:
-            self._view = PlainView()
+    summary: RunSummary | None = None
+    """Told how it ends, with `result`."""
+    result: Any = None
+
+    def __init__(self, log_format: str = "auto", *, quiet: bool = False) -> None:
+        """Where it is `quiet`, only errors are shown."""
+        self._view = _view(log_format)
+        self._quiet = quiet
+        self._notes: list[str] = []
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        self._view.show(event)
+        if isinstance(event, Note):
+            self._notes.append(event.text)
+        if not self._quiet:
+            self._view.show(event)
 
     def __enter__(self) -> Console:
         signal.signal(signal.SIGTERM, _interrupt)
@@ -43,16 +54,34 @@ class Console:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._view.close()
-        if isinstance(error, KeyboardInterrupt):
-            error = InterruptedJobError("interrupted")
-        elif isinstance(error, BrokenPipeError):
+        is_unread = isinstance(error, BrokenPipeError)
+        error = None if is_unread else _known(error)
+        exit_code = 0 if error is None else getattr(error, "exit_code", 1)
+        if self.summary is not None:
+            try:
+                self.summary.end(exit_code, error, self.result, self._notes)
+            except SqStreamError as failure:
+                error, exit_code = error or failure, exit_code or failure.exit_code
+        if is_unread:
             sys.stderr.close()  # the reader of our output has left: nothing to say, nobody to say it to
-            raise click.exceptions.Exit(0) from error
-        elif isinstance(error, OSError):
-            error = StorageError(f"{error.filename or 'input or output'}: {error.strerror or error}")
-        if isinstance(error, SqStreamError):
-            self._view.fail(error)
-            raise click.exceptions.Exit(error.exit_code) from error
+            raise click.exceptions.Exit(exit_code)
+        if isinstance(error, Exception) and self.fail(error):
+            raise click.exceptions.Exit(exit_code) from error
+
+    def fail(self, error: Exception) -> bool:
+        """Show an error; false if Python shall, with the place in our code that it is from."""
+        return self._view.fail(error)
+
+
+def _known(error: BaseException | None) -> BaseException | None:
+    """The same as one of our errors, where it is the system's or the user's doing."""
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptedJobError("interrupted")
+    if isinstance(error, MemoryError):
+        return DoesNotFitError("the system gives no more memory: lower --max-ram, or raise the limit (ulimit -v)")
+    if isinstance(error, OSError):
+        return StorageError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    return error
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -66,9 +95,11 @@ class View:
     def show(self, event: Event) -> None:
         """Show one event."""
 
-    def fail(self, error: SqStreamError) -> None:
-        """Show the error that ended the command."""
-        echo(f"error: {error}", err=True)
+    def fail(self, error: Exception) -> bool:
+        """Show the error that ended the command, if that is for us to do."""
+        if isinstance(error, SqStreamError):
+            echo(f"error: {error}", err=True)
+        return isinstance(error, SqStreamError)
 
     def close(self) -> None:
         """Leave the terminal in order."""
@@ -128,18 +159,46 @@ class BarView(View):
 class JsonView(View):
     """JSON lines, for machines: `event` is the kind, `time` the seconds since the epoch, then the event's fields."""
 
+    def __init__(self) -> None:
+        self._next_progress = 0.0
+
     def show(self, event: Event) -> None:
-        """Print the event as one JSON object."""
+        """Print the event as one JSON object; of progress, one a second and the last of a stage."""
+        if isinstance(event, Progress) and event.done < event.total:
+            if time.monotonic() < self._next_progress:
+                return
+            self._next_progress = time.monotonic() + JSON_INTERVAL
         self._write(_snake_case(type(event).__name__), asdict(event))
 
-    def fail(self, error: SqStreamError) -> None:
+    def fail(self, error: Exception) -> bool:
         """Print the error as one JSON object."""
-        kind = _snake_case(type(error).__name__.removesuffix("Error"))
-        self._write("error", {"kind": kind, "exit_code": error.exit_code, "message": str(error)})
+        self._write("error", error_fields(error))
+        return True
 
     @staticmethod
     def _write(event: str, fields: dict[str, Any]) -> None:
-        echo(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), err=True)
+        click.echo(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), err=True)
+
+
+def _view(log_format: str) -> View:
+    if log_format == "json":
+        return JsonView()
+    is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return BarView() if log_format == "auto" and is_terminal else PlainView()
+
+
+def error_fields(error: BaseException) -> dict[str, Any]:
+    """An error as JSON values; with a `traceback` where it is none that we raise on purpose."""
+    if isinstance(error, SqStreamError):
+        kind = _snake_case(type(error).__name__.removesuffix("Error"))
+        return {"kind": kind, "exit_code": error.exit_code, "message": str(error)}
+    message = f"{type(error).__name__}: {error}: a fault of sq-stream, please report it"
+    return {
+        "kind": "internal",
+        "exit_code": 1,
+        "message": message,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def _snake_case(name: str) -> str:

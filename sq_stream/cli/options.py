@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from sq_stream.cli.console import LOG_FORMATS
+from sq_stream.cli.command import PATH
 from sq_stream.evaluate.settings import SUITES
 from sq_stream.job.settings import DEFAULT_CTX, DEFAULT_EFFORT, DEFAULT_WINDOWS, EFFORTS
 from sq_stream.quantize.recipe import RECIPES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
 
 model_dir = click.argument("model_dir", type=PATH)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -40,14 +38,6 @@ report = click.option(
     metavar="FILE",
     help="Also write a report, as a page (FILE.html) or as JSON (FILE.json), replacing an older one. Repeatable.",
 )
-log_format = click.option(
-    "--log-format",
-    type=click.Choice(LOG_FORMATS),
-    default="auto",
-    show_default=True,
-    help="Progress on standard error: auto is a bar on a terminal and plain lines elsewhere; json is JSON lines.",
-)
-
 _TEXT = (
     click.option(
         "--calib",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from sq_stream.errors import BadInputError, InterruptedJobError, StorageError
 
+_READ_BYTES = 2**22
 _ADVICE = {
     errno.ENOSPC: "free disk space and run the same command again, or choose another folder",
     errno.EDQUOT: "free disk space or raise the quota and run the same command again, or choose another folder",
@@ -123,6 +125,19 @@ def write_all(fd: int, data: bytes | NDArray[np.uint8], offset: int, path: Path)
         while view:
             n = os.pwrite(fd, view, offset)
             view, offset = view[n:], offset + n
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage_errors("reading", path), open(path, "rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def open_locked(path: Path, flags: int) -> int:

@@ -47,6 +47,7 @@ def general_entries(settings: Settings, *, arch: str, file_type: int, n_paramete
         string("sq_stream.version", __version__),
         string("sq_stream.recipe", settings.recipe + (" --pure" if settings.pure else "")),
         string("sq_stream.effort", settings.effort),
+        string("sq_stream.options", settings.command_options()),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from sq_stream.errors import BadInputError, SqStreamError
 from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.journal import Journal
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import sha256_of
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.tiles import row_tiles
 from sq_stream.job.timeline import Recorder, Stage, Timeline
@@ -27,7 +26,6 @@ from sq_stream.quantize.smooth import UNSCALED, Scaling
 
 STAGE = "measure"
 EXACT_TYPES = frozenset(("F32",))  # in which a tensor has no error
-_READ_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def read_record(journal: Journal, partial: Path, last: Timeline) -> Record:
     records = journal.records
     try:
         return Record(
-            sha256=_sha256(partial),
+            sha256=sha256_of(partial),
             errors={record["measured"]: OutputError(**record["error"]) for record in records if "measured" in record},
             sites=tuple(_parse_site(record["site"]) for record in records if "site" in record),
             unseen=tuple(name for record in records for name in record.get("unseen", ())),
@@ -161,11 +159,3 @@ def _parse_site(fields: dict[str, Any]) -> SiteRecord:
 def _parse_timeline(fields: dict[str, Any]) -> Timeline:
     stages = tuple(Stage(**stage) for stage in fields["stages"])
     return Timeline(fields["seconds"], fields["peak_ram"], stages, tuple(map(tuple, fields["samples"])))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with storage_errors("reading", path), open(path, "rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,19 @@ class Settings:
             "mtp": self.mtp,
             "pre": self.pre,
         }
+
+    def command_options(self) -> str:
+        """The options of `quantize` that make the same file again, FILE standing for files of the user's own."""
+        words = ["--type", self.recipe, "--effort", self.effort]
+        words += [word for text in self.tensor_types for word in ("--tensor-type", text)]
+        words += ["--pre", self.pre] if self.pre else []
+        words += [f"--{name}" for name in ("pure", "mtp") if getattr(self, name)]
+        if self.imatrix is not None:
+            words += ["--imatrix", "FILE"]
+        elif self.effort != "fast":
+            words += ["--ctx", str(self.ctx), "--windows", str(self.windows), *["--calib", "FILE"] * len(self.calib)]
+            words += ["--calib-extend"] if self.calib_extend else []
+        return shlex.join(words)
 
 
 class Options(TypedDict, total=False):

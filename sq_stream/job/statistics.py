@@ -40,6 +40,9 @@ class Statistics:
         if self.calibration is not None:
             windows = self.calibration.windows
             entries.append(u32("sq_stream.calib.tokens", windows.size))
+            if ranks := self.calibration.ranks:
+                widths = ",".join(f"{width}:{rank}" for width, rank in sorted(ranks.items()))
+                entries.append(string("sq_stream.calib.ranks", widths))
             entries.append(array("sq_stream.calib.shingles", ValueType.UINT32, sample(windows).tolist()))
         return entries
 

@@ -11,11 +11,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sq_stream import __version__
 from sq_stream.calibrate.spectrum import COUNTS
 from sq_stream.evaluate.results import Evaluation
 from sq_stream.evaluate.settings import Settings as EvaluationSettings
@@ -24,6 +22,7 @@ from sq_stream.job.record import Record, SiteRecord
 from sq_stream.job.settings import Settings
 from sq_stream.job.summary import TensorSummary, count_types
 from sq_stream.quantize.measure import OutputError
+from sq_stream.versions import versions
 
 FORMAT = "sq-stream report"
 VERSION = 1
@@ -62,11 +61,7 @@ def _head(title: str, command: str, hashes: Mapping[str, str]) -> dict[str, Any]
         "reproduce": {
             "command": command,
             "sha256": dict(hashes),
-            "versions": {
-                "sq-stream": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("numpy", "numba", "gguf")},
-            },
+            "versions": versions(),
             "platform": platform.platform(terse=True),
             "machine": platform.machine(),
         },

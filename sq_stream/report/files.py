@@ -12,31 +12,37 @@ from sq_stream.errors import StorageError, UsageError
 from sq_stream.formats.atomic import atomic_write
 
 FORMATS = (".html", ".json")
+_FOR = {".html": ".html for a page", ".json": ".json for data"}
 
 
-def check_paths(paths: Sequence[Path], model_dirs: Sequence[Path]) -> None:
+def check_paths(
+    paths: Sequence[Path], model_dirs: Sequence[Path], option: str = "--report", formats: Sequence[str] = FORMATS
+) -> None:
     """Refuse, before any work, reports that could not be written.
 
     Args:
         paths: of the reports; an older report may be there and is then replaced.
         model_dirs: folders whose files are not reports.
+        option: that names them.
+        formats: ends of their names.
 
     Raises:
-        UsageError: a path does not end in .html or .json, is a folder, or lies in one of `model_dirs`.
+        UsageError: a path does not end as it should, is a folder, or lies in one of `model_dirs`.
         StorageError: its folder does not exist or cannot be written.
     """
     for path in paths:
-        if path.suffix.lower() not in FORMATS:
-            raise UsageError(f"--report {path}: the name must end in .html for a page or in .json for data")
+        if path.suffix.lower() not in formats:
+            ends = " or in ".join(_FOR[end] for end in formats)
+            raise UsageError(f"{option} {path}: the name must end in {ends}")
         if path.is_dir():
-            raise UsageError(f"--report {path} is a folder: name the file to write")
+            raise UsageError(f"{option} {path} is a folder: name the file to write")
         folder = path.parent
         if not folder.is_dir():
-            raise StorageError(f"--report {path}: there is no folder {folder} to write it into")
+            raise StorageError(f"{option} {path}: there is no folder {folder} to write it into")
         if any(folder.resolve() == model_dir.resolve() for model_dir in model_dirs):
-            raise UsageError(f"--report {path} would lie among the files of the checkpoint: name another folder")
+            raise UsageError(f"{option} {path} would lie among the files of the checkpoint: name another folder")
         if not os.access(folder, os.W_OK):
-            raise StorageError(f"--report {path}: {folder} cannot be written: choose another folder")
+            raise StorageError(f"{option} {path}: {folder} cannot be written: choose another folder")
 
 
 def write_reports(paths: Sequence[Path], content: Mapping[str, Any]) -> None:
