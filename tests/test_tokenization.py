@@ -139,5 +139,5 @@ def test_a_damaged_tokenizer_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"no tokenizer\.json"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadInputError, match="the tokenizers library cannot read it"):
+    with pytest.raises(BadInputError, match="the tokenizers library cannot work with it"):
         Tokenizer.open(tmp_path)

@@ -290,7 +290,7 @@ def test_a_quiet_job_says_nothing_and_a_quiet_failure_one_line(folder: Path) -> 
 
 def test_names_cannot_bring_control_codes(folder: Path) -> None:
     result = run("inspect", "no\x1b[31m\x07such\x9bfile")
-    assert "no\\x1b[31m\\x07such\\x9bfile does not exist" in result.stderr
+    assert "no\\u001b[31m\\u0007such\\u009bfile does not exist" in result.stderr
 
 
 def on_terminal(arguments: list[str], **environment: str) -> str:

@@ -156,7 +156,7 @@ def test_no_bos_where_the_tokenizer_adds_none(tmp_path: Path) -> None:
         (lambda t: t["added_tokens"].append({"id": 509, "content": "a"}), "token 'a' has two ids"),
         (lambda t: t.update(added_tokens={}), None),
         (lambda t: t.update(added_tokens="<x>"), "added_tokens is not a list"),
-        (lambda t: t.update(decoder={"type": "Nonsense"}), "its decoder cannot be read"),
+        (lambda t: t["decoder"].update(trim_offsets="x"), "its decoder cannot be read"),
     ],
 )
 def test_damaged_tokenizers_are_refused(
@@ -190,11 +190,11 @@ def test_foreign_tokenizers_are_refused(tmp_path: Path, change: Callable[[dict[s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
         (b"[1]", "holds a JSON list"),
         (b"\xff\xfe{}", "not UTF-8"),
-        (b"[" * 200_000, "not JSON"),
+        (b"[" * 200_000, "not valid JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git-LFS pointer"),
     ],
 )
@@ -202,7 +202,7 @@ def test_foreign_tokenizers_are_refused(tmp_path: Path, change: Callable[[dict[s
 def test_files_that_are_not_json_objects_are_refused(tmp_path: Path, file: str, content: bytes, message: str) -> None:
     folder = Path(shutil.copytree(GOLDEN / "qwen2", tmp_path / "folder"))
     (folder / file).write_bytes(content)
-    with pytest.raises(BadInputError, match=f"{file}: .*{message}"):
+    with pytest.raises(BadInputError, match=f"{file}.*{message}"):
         read(folder, "qwen2", n_vocab=512)
 
 

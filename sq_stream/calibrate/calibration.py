@@ -23,6 +23,7 @@ from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.strict_json import brief
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import Decoder, find_decoder
 from sq_stream.models.layers import Site
@@ -100,11 +101,15 @@ class Calibration:
             StorageError: reading or writing failed; finished layers are kept.
         """
         entry = self._complete(on_event)
+        widths = {t.name: t.n_rows if self.of_outputs else t.n_in for t in self.spec.tensors}
 
         def load(site: Site) -> Sketch:
             nonlocal entry
             try:
-                return entry.load(site)
+                n = widths.get(f"{site[0]}.weight")
+                if n is None:
+                    raise BadInputError(f"{entry.folder} has statistics of {brief(site)}, not this model's")
+                return entry.load(site, (self.ranks.get(n, n), n))
             except (BadInputError, StorageError) as error:
                 on_event(Note(f"{error}; calibrating anew"))
                 entry.discard()

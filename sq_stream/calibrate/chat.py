@@ -1,28 +1,25 @@
 """Dialogues, written as a checkpoint's own chat template writes them.
 
 A chat template is a program that comes with the checkpoint, so it is not trusted: it runs in Jinja's immutable sandbox,
-as transformers runs it (utils/chat_template_utils.py), and in a process of its own with limits on time, memory and
-output, because the sandbox alone bounds none of them.
+as transformers runs it (utils/chat_template_utils.py), and in a process of its own (`confined`) with limits on time,
+memory and output, because the sandbox alone bounds none of them, and which can open no file or socket by then.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from sq_stream import confined
 
 Message = dict[str, str]
 """`role` ("system", "user" or "assistant") and `content`."""
 
 CPU_SECONDS = 20
-WALL_SECONDS = 120
 MEMORY = 512 << 20  # bytes of address space
 OUTPUT = 8 << 20  # characters of all dialogues together
-
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from sq_stream.calibrate.chat import serve; serve()"
 
 
 def render(
@@ -63,45 +60,20 @@ def _run(
     dialogues: Sequence[Sequence[Message]], template: str, tokens: Mapping[str, str], cpu_seconds: int
 ) -> tuple[list[str | None], str]:
     """The texts from the child process, None where it has none, and why."""
-    request = json.dumps(
-        {
-            "dialogues": [list(messages) for messages in dialogues],
-            "template": template,
-            "tokens": dict(tokens),
-            "cpu_seconds": cpu_seconds,
-        }
-    )
-    nothing: list[str | None] = [None] * len(dialogues)
+    request = {"dialogues": [list(messages) for messages in dialogues], "template": template, "tokens": dict(tokens)}
     try:
-        child = subprocess.run(
-            [sys.executable, "-I", "-c", _CHILD, *sys.path],
-            input=request.encode("utf-8", errors="replace"),
-            capture_output=True,
-            timeout=WALL_SECONDS,
-            check=False,
+        answer = confined.call(
+            f"{__name__}:write_all", json.dumps(request).encode(), memory=MEMORY, cpu_seconds=cpu_seconds
         )
-    except subprocess.TimeoutExpired:
-        return nothing, f"it took more than {WALL_SECONDS} s"
-    except OSError as error:
-        return nothing, f"no process could be started for it: {error.strerror}"
-    if child.returncode < 0:
-        return nothing, f"it was stopped: at most {cpu_seconds} s and {MEMORY >> 20} MiB are allowed"
-    try:
-        reply = json.loads(child.stdout)
-    except ValueError:
-        lines = child.stderr.decode("utf-8", errors="replace").split("\n")
-        return nothing, next((line[:200] for line in reversed(lines) if line.strip()), "no answer")
+    except confined.FailedError as failure:
+        return [None] * len(dialogues), str(failure)
+    reply = json.loads(answer)
     return reply["texts"], reply["error"]
 
 
-def serve() -> None:
-    """The child process: limit itself, read the request from standard input, write the reply to standard output."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    request = json.load(sys.stdin.buffer)
-    resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_seconds"], request["cpu_seconds"]))
+def write_all(data: bytes) -> bytes:
+    """What the child process does with the request."""
+    request = json.loads(data)
     random.seed(0)  # Jinja's `random` and `lipsum`
     texts: list[str | None] = []
     error = ""
@@ -110,6 +82,7 @@ def serve() -> None:
     except Exception as failure:  # here and below: whatever a template can raise
         error = _named(failure)
         texts = [None] * len(request["dialogues"])
+    confined.open_no_more("jinja2.constants", "jinja2.debug", "_strptime")
     room = OUTPUT
     for messages in request["dialogues"][len(texts) :]:
         try:
@@ -120,7 +93,7 @@ def serve() -> None:
         else:
             texts.append(text)
             room -= len(text)
-    sys.stdout.buffer.write(json.dumps({"texts": texts, "error": error}).encode())
+    return json.dumps({"texts": texts, "error": error}).encode()
 
 
 def _named(failure: Exception) -> str:

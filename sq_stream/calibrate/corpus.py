@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from sq_stream.calibrate import chat
 from sq_stream.calibrate.documents import GIVEN, Document, Ids, packaged, read_files, split
 from sq_stream.calibrate.shingles import found, shingles
 from sq_stream.errors import BadInputError, UsageError
-from sq_stream.text.encode import Tokenizer
+from sq_stream.text.encode import Encoder
 from sq_stream.text.pretokenizer import ADDS_BOS
 from sq_stream.text.vocabulary import Vocabulary
 
@@ -67,7 +68,7 @@ class Corpus:
 
 
 def build_corpus(
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     vocabulary: Vocabulary,
     *,
     ctx: int = CTX,
@@ -162,7 +163,7 @@ class _Pool:
         return _Pool(self.tokens[which], self.documents[which])
 
 
-def _encode(documents: Sequence[Document], tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[list[Ids], list[str]]:
+def _encode(documents: Sequence[Document], tokenizer: Encoder, vocabulary: Vocabulary) -> tuple[list[Ids], list[str]]:
     """Token ids of each document, without BOS, and notes."""
     values = {entry.key: entry.value for entry in vocabulary.metadata}
     words = values["tokenizer.ggml.tokens"]
@@ -172,13 +173,12 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer, vocabulary: Voc
     dialogues = [document.messages for document in documents if document.messages]
     written, note = chat.render(dialogues, values.get("tokenizer.chat_template"), tokens)
     rendered, bos = iter(written), bos_id(vocabulary)
-    encoded = []
+    of_text = [document for document in documents if document.ids is None]
+    texts = [next(rendered) if document.messages else document.text + "\n" for document in of_text]
+    from_text = iter(tokenizer.encode_all(texts))
+    encoded: list[npt.NDArray[Any]] = []
     for document in documents:
-        if document.ids is not None:
-            encoded.append(document.ids)
-            continue
-        text = next(rendered) if document.messages else document.text + "\n"
-        ids = np.array(tokenizer.encode(text, special=False), np.int32)
+        ids = next(from_text) if document.ids is None else document.ids
         encoded.append(ids[1:] if document.messages and len(ids) and ids[0] == bos else ids)
     highest = max((int(ids.max()) for ids in encoded if len(ids)), default=0)
     if highest >= vocabulary.n_tokens:
@@ -186,7 +186,7 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer, vocabulary: Voc
             f"the tokenizer gives token id {highest}, but the model's vocabulary ends at {vocabulary.n_tokens - 1}: "
             "tokenizer and model do not belong together"
         )
-    return encoded, [note] if note else []
+    return [ids.astype(np.int32) for ids in encoded], [note] if note else []
 
 
 def _cut(

@@ -18,6 +18,7 @@ import zstandard
 from sq_stream.calibrate.chat import Message
 from sq_stream.errors import BadInputError, SqStreamError, UsageError
 from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.strict_json import brief
 from sq_stream.text.files import read_text
 
 Ids = npt.NDArray[np.int32]
@@ -29,6 +30,8 @@ SHARES = (6, 1, 2)
 """Parts of all text that go to the fit, to the convergence test and to the held-out test."""
 
 MAX_FILE = 16 << 20  # bytes
+MAX_ROWS = 2**16
+"""Lists in a JSON file of token ids."""
 _PIECE = (1500, 6000)  # fewest and most characters of a piece of a user's text
 _PIECE_IDS = 2048  # token ids in a piece
 _MIN_PIECES = 45
@@ -138,7 +141,8 @@ def _token_ids(path: Path, n_vocab: int) -> Iterator[Ids]:
         raise
     except Exception as error:  # NumPy and json raise a dozen kinds for damaged files
         raise BadInputError(
-            f"{path}: not a list or array of token ids ({error}): give integers as a JSON list or a NumPy array"
+            f"{path}: not a list or array of token ids ({brief(str(error))}): give integers as a JSON list or a "
+            "NumPy array"
         ) from error
     if not sum(map(len, rows)):
         raise BadInputError(f"{path}: holds no token ids: give a file with ids of this model's tokenizer")
@@ -157,12 +161,17 @@ def _npy_rows(path: Path) -> list[npt.NDArray[Any]]:
     array = np.lib.format.open_memmap(path, "r")  # checks the header against the size of the file, as load does not
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise ValueError("needs one or two dimensions of integers")
+    if len(array) > array.size:
+        raise ValueError("its rows are empty")
     return list(np.atleast_2d(np.array(array)))
 
 
 def _json_rows(path: Path) -> list[npt.NDArray[Any]]:
-    value = json.loads(read_text(path) or "")
+    text = read_text(path) or ""
+    if text.count("[") > MAX_ROWS:
+        raise ValueError(f"more than {MAX_ROWS} lists")
+    value = json.loads(text)
     rows = value if isinstance(value, list) and value and all(isinstance(row, list) for row in value) else [value]
     if not all(isinstance(row, list) and all(type(item) is int for item in row) for row in rows):
         raise ValueError("needs a list of integers, or a list of such lists")
-    return [np.array(row, np.int64) for row in rows]
+    return [np.array(row, np.int64) for row in rows if row]

@@ -22,7 +22,8 @@ from sq_stream.formats.blocks import F32
 from sq_stream.formats.gguf_layout import MAGIC, lay_out
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.metadata import ValueType, array, string, u32
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import only_regular, storage_errors
+from sq_stream.formats.strict_json import brief, shown
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.layers import Site
 
@@ -32,6 +33,8 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _MAX_NAME = 2**10  # bytes of a name in the older format
 _MAX_VALUES = 2**27  # of one entry in the older format
+MAX_BYTES = 2**28
+"""Of the file; that of a dense model of 405 billion weights has some 2**26."""
 
 
 def export_imatrix(
@@ -79,8 +82,10 @@ def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
         BadInputError: the file is no importance matrix, is damaged, or is of another model than `spec`.
         StorageError: reading fails.
     """
-    with storage_errors("reading", path), open(path, "rb") as file:
+    with storage_errors("reading", path), open(path, "rb", opener=only_regular) as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
+        if (n_bytes := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+            raise BadInputError(f"{path} has {n_bytes} bytes; at most {MAX_BYTES} of an importance matrix are read")
     with np.errstate(invalid="ignore", over="ignore"):  # found below
         means = _read_gguf(path) if is_gguf else _read_legacy(path)
     _check_model(path, means, spec)
@@ -88,7 +93,8 @@ def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
     for name, (mean, count) in means.items():
         if not np.isfinite(mean).all() or mean.min(initial=0) < 0:
             raise BadInputError(
-                f"{path}: the importance of {name} holds {mean.min()}, {mean.max()}: it is damaged, collect it anew"
+                f"{path}: the importance of {shown(name)} holds {mean.min()}, {mean.max()}: it is damaged, "
+                "collect it anew"
             )
         if count > 0:
             sketches[(name.removesuffix(".weight"),)] = Sketch.diagonal_only(mean, count)
@@ -106,15 +112,21 @@ def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
         values = {}
         for tensor in reader.tensors.values():
             if tensor.block_type is not F32:
-                raise BadInputError(f"{path}: {tensor.name} is {tensor.block_type.name}, an importance matrix is F32")
+                raise BadInputError(
+                    f"{path}: {shown(tensor.name)} is {tensor.block_type.name}, an importance matrix is F32"
+                )
             values[tensor.name] = reader.read_rows(tensor.name, 0, tensor.n_rows).view("<f4").astype(np.float32)
     means = {}
     for name in (name.removesuffix(SUMS) for name in values if name.endswith(SUMS)):
         sums, counts = values[name + SUMS], values.get(name + COUNTS)
         if counts is None or counts.size != 1 or len(sums) != 1:
-            raise BadInputError(f"{path}: {name} has no single count of tokens; mixtures of experts are not supported")
+            raise BadInputError(
+                f"{path}: {shown(name)} has no single count of tokens; mixtures of experts are not supported"
+            )
         if not 0 <= counts.item() < 2**63:
-            raise BadInputError(f"{path}: {name} was seen by {counts.item()} tokens: it is damaged, collect it anew")
+            raise BadInputError(
+                f"{path}: {shown(name)} was seen by {counts.item()} tokens: it is damaged, collect it anew"
+            )
         count = int(counts.item())
         means[name] = sums[0] / np.float32(max(count, 1)), count
     return means
@@ -123,7 +135,7 @@ def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
 def _read_legacy(path: Path) -> dict[str, tuple[Array, int]]:
     """Mean squares and chunk count of every tensor: sums are stored as means times chunks."""
     means = {}
-    with storage_errors("reading", path), open(path, "rb") as file:
+    with storage_errors("reading", path), open(path, "rb", opener=only_regular) as file:
         n_bytes = os.fstat(file.fileno()).st_size
 
         def take(n: int) -> bytes:
@@ -156,14 +168,16 @@ def _check_model(path: Path, means: Mapping[str, tuple[Array, int]], spec: Model
     predicting = {_layer(name) for name in (*means, *widths) if ".nextn." in name}
     for name, (mean, _) in means.items():
         if name in widths and len(mean) != widths[name]:
-            raise BadInputError(f"{path}: {name} has {len(mean)} columns, the model's has {widths[name]}; {advice}")
+            raise BadInputError(
+                f"{path}: {shown(name)} has {len(mean)} columns, the model's has {widths[name]}; {advice}"
+            )
         if name not in widths and _layer(name) not in {-1, *predicting}:
-            raise BadInputError(f"{path}: {name} is no linear of this {spec.arch} model; {advice}")
+            raise BadInputError(f"{path}: {shown(name)} is no linear of this {spec.arch} model; {advice}")
     if not means.keys() & widths.keys():
         raise BadInputError(f"{path} names none of this model's linears; {advice}")
     missing = set(map(_layer, widths)) - set(map(_layer, means)) - {-1, *predicting}
     if missing:
-        raise BadInputError(f"{path} has nothing of layers {sorted(missing)} of {spec.n_layer}; {advice}")
+        raise BadInputError(f"{path} has nothing of layers {brief(sorted(missing))} of {spec.n_layer}; {advice}")
 
 
 def _layer(name: str) -> int:

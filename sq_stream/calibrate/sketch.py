@@ -16,13 +16,15 @@ from numpy.typing import DTypeLike, NDArray
 from sq_stream.errors import BadInputError
 from sq_stream.formats.atomic import atomic_write
 from sq_stream.formats.chunks import compress, decompress
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import only_regular, storage_errors
+from sq_stream.models.config import MAX_SIZE
 
 Array = NDArray[np.float32]
 
 MAGIC = b"sq-stream sketch 1\n"
 PANEL = 1024  # columns of S that are computed, written and read together, at most
 _LARGEST_CODE = 2**15 - 1
+_LONGEST_HEADER = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +134,12 @@ class _Header:
             numbers += [number for rank, width in header.panels for number in (rank, width)]
             sound = (
                 all(type(number) is int and number >= 0 for number in numbers)
+                and header.n_in <= MAX_SIZE
                 and max((rank for rank, _ in header.panels), default=0) == header.rank <= header.n_in
                 and len(header.frames) == 1 + 2 * len(header.panels)
                 and sum(header.frames) == n_bytes
             )
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             sound = False
         if not sound:
             raise BadInputError(f"{path} is damaged, or no sketch of this version of sq-stream: its header is unsound")
@@ -169,30 +172,42 @@ def write_sketch(path: Path, factored: Factored) -> int:
     return crc
 
 
-def read_sketch(path: Path) -> Sketch:
-    """Read what `write_sketch` wrote.
+def read_sketch(path: Path, largest: tuple[int, int] | None = None) -> Sketch:
+    """Read what `write_sketch` wrote; `largest` is how many rows S may have, and the values of the site, if known.
 
     Raises:
         BadInputError: the file is damaged or is no sketch.
         StorageError: it is not there, or reading fails.
     """
-    with storage_errors("reading", path), open(path, "rb") as file:
+    with storage_errors("reading", path), open(path, "rb", opener=only_regular) as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise BadInputError(f"{path} is no sketch of this version of sq-stream")
-        line = file.readline()
+        line = file.readline(_LONGEST_HEADER)
         if line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             raise BadInputError(f"{path} is damaged: the checksum of its header is wrong")
         header = _Header.parse(line[9:], path, os.fstat(file.fileno()).st_size - file.tell())
+        if largest is not None and (header.rank > largest[0] or header.n_in != largest[1]):
+            raise BadInputError(f"{path} is of another site: {header.rank} × {header.n_in} values, not {largest}")
         sizes = iter(header.frames)
 
         def frame(dtype: DTypeLike, *shape: int) -> NDArray[Any]:
             return decompress(file.read(next(sizes)), dtype, shape, str(path))
 
         diagonal = frame(np.float32, header.n_in)
+        if not np.isfinite(diagonal).all() or diagonal.min(initial=0) < 0:
+            raise BadInputError(f"{path} is damaged: its diagonal holds what no mean square is")
         if np.count_nonzero(diagonal) != sum(width for _, width in header.panels):
             raise BadInputError(f"{path} is damaged: its header and its diagonal differ in the number of live channels")
-        panels = (frame(np.float32, width) * frame(np.int16, rank, width) for rank, width in header.panels)
+        panels = (_panel(frame(np.float32, width), frame(np.int16, rank, width), path) for rank, width in header.panels)
         return _assemble(header.n_tokens, diagonal, header.rank, panels)
+
+
+def _panel(scale: Array, codes: NDArray[np.int16], path: Path) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        x: Array = scale * codes
+    if not np.isfinite(x).all():
+        raise BadInputError(f"{path} is damaged: its factor is not finite")
+    return x
 
 
 def _assemble(n_tokens: int, diagonal: Array, rank: int, panels: Iterable[Array]) -> Sketch:

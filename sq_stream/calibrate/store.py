@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -17,13 +18,14 @@ from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sket
 from sq_stream.errors import BadInputError, SqStreamError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.journal import Journal, read_journal
-from sq_stream.formats.storage import Closing, open_locked, storage_errors, user_cache
+from sq_stream.formats.storage import Closing, only_regular, open_locked, storage_errors, user_cache
 from sq_stream.models.layers import Site
 
 JOURNAL = "journal"
 LOCK = "lock"
 PASS = "pass"  # the residual stream of an unfinished calibration
 _READ_BYTES = 2**22
+_LINEAR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ class FinishedSite:
     crc32: int  # of the file
     n_tokens: int
     n_dead: int  # channels that were zero in every token
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> FinishedSite:
+        """What `asdict` made; TypeError or ValueError if it is something else.
+
+        The name of the first linear becomes that of a file.
+        """
+        site = cls(**{**fields, "linears": tuple(fields["linears"])})
+        names = bool(site.linears) and all(isinstance(n, str) and _LINEAR.fullmatch(n) for n in site.linears)
+        counts = (site.crc32, site.n_tokens, site.n_dead)
+        if not names or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise ValueError("no site")
+        return site
 
 
 class Store:
@@ -197,14 +212,14 @@ class Entry(Closing):
         """
         _delete(self.pass_folder)
 
-    def load(self, site: Site) -> Sketch:
-        """The sketch of a finished site.
+    def load(self, site: Site, largest: tuple[int, int] | None = None) -> Sketch:
+        """The sketch of a finished site; see `read_sketch`.
 
         Raises:
             BadInputError: its file is damaged.
             StorageError: it cannot be read.
         """
-        return read_sketch(self.folder / f"{site[0]}.sketch")
+        return read_sketch(self.folder / f"{site[0]}.sketch", largest)
 
     def close(self) -> None:
         """Let go of the calibration; what is finished of it stays on disk."""
@@ -256,12 +271,8 @@ def _open_sound(folder: Path, header: Mapping[str, Any]) -> Journal | None:
 
 def _sites(journal: Journal) -> list[FinishedSite]:
     try:
-        return [
-            FinishedSite(**{**site, "linears": tuple(site["linears"])})
-            for step in journal.records
-            for site in step["sites"]
-        ]
-    except (KeyError, TypeError) as error:
+        return [FinishedSite.parse(site) for step in journal.records for site in step["sites"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{journal.path} is of another version of sq-stream") from error
 
 
@@ -275,8 +286,11 @@ def _summarize(folder: Path) -> Summary | None:
         return None
     try:
         header, records, _ = read_journal(folder / JOURNAL)
-        about = header["about"]
-        return Summary(folder.name, about["model"], about["n_tokens"], len(records), header["steps"], _bytes_in(folder))
+        about, steps = header["about"], header["steps"]
+        model, n_tokens = about["model"], about["n_tokens"]
+        if not (isinstance(model, str) and type(n_tokens) is int and type(steps) is int):
+            raise TypeError("no summary")
+        return Summary(folder.name, model, n_tokens, len(records), steps, _bytes_in(folder))
     except (SqStreamError, KeyError, TypeError):
         return Summary(folder.name, "damaged", 0, 0, 1, _bytes_in(folder))
 
@@ -298,7 +312,7 @@ def _bytes_in(folder: Path) -> int:
 
 def _crc32(path: Path) -> int:
     crc = 0
-    with storage_errors("reading", path), open(path, "rb") as file:
+    with storage_errors("reading", path), open(path, "rb", opener=only_regular) as file:
         while part := file.read(_READ_BYTES):
             crc = zlib.crc32(part, crc)
     return crc

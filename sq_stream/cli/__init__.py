@@ -11,7 +11,8 @@ import click
 
 from sq_stream import __version__
 from sq_stream.cli.command import Command
-from sq_stream.cli.console import Console, echo
+from sq_stream.cli.console import Console
+from sq_stream.cli.echo import echo
 from sq_stream.cli.options import (
     as_json,
     cache,

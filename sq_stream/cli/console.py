@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sq_stream.cli.echo import echo, printable
 from sq_stream.errors import DoesNotFitError, InterruptedJobError, SqStreamError, StorageError
 from sq_stream.events import Event, Finished, Note, Progress, StageStarted, TensorFinished
 from sq_stream.units import format_duration, format_size
@@ -88,14 +89,6 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def echo(text: str, *, err: bool = False) -> None:
-    """Print text in which control characters, as names in foreign files may have them, are spelled out."""
-    click.echo(_CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text), err=err)
-
-
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-
-
 class View:
     """One way of showing events; this one shows nothing."""
 
@@ -142,7 +135,7 @@ class BarView(View):
             self.close()
             self._bar = self._new_bar(event)
         elif isinstance(event, Progress) and self._bar is not None:
-            self._bar.set_postfix_str(_CONTROL.sub("?", event.tensor), refresh=False)
+            self._bar.set_postfix_str(printable(event.tensor), refresh=False)
             self._bar.update(event.done - self._bar.n)
         elif isinstance(event, (Note, Finished)):
             self.close()

@@ -6,9 +6,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,12 @@ from sq_stream.evaluate.weights import RoundedWeights
 from sq_stream.formats.blocks import BLOCK_TYPES, F32, BlockType
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.formats.metadata import ValueType
 from sq_stream.formats.storage import Closing
+from sq_stream.formats.strict_json import brief, shown
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
+from sq_stream.models.config import MAX_LAYERS
 from sq_stream.models.forward import Decoder, find_decoder, head_name
 from sq_stream.text.vocabulary import Vocabulary, read_vocabulary
 
@@ -200,16 +203,39 @@ def _decoder(path: Path, reader: GGUFReader, reference: Reference) -> Decoder:
     arch = reference.spec.arch
     own = [entry for entry in reader.metadata.values() if entry.key.startswith(f"{arch}.")]
     present = {entry.key for entry in own}
+    layers = {entry.key: entry.value for entry in own}.get(f"{arch}.block_count", 0)
     try:
-        decoder = find_decoder(arch, [*own, *(e for e in reference.spec.metadata if e.key not in present)])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadInputError(f"{path}: its {arch}.* keys are not usable ({error}): it is damaged") from error
+        if not 0 <= layers <= MAX_LAYERS:
+            raise ValueError(f"{layers} layers")
+        with np.errstate(all="ignore"):  # what is not finite is found below
+            decoder = find_decoder(arch, [*own, *(e for e in reference.spec.metadata if e.key not in present)])
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise BadInputError(f"{path}: its {arch}.* keys are not usable ({brief(str(error))}): it is damaged") from error
     if decoder.n_layer != reference.model.decoder.n_layer:
         raise BadInputError(
             f"{path} has {decoder.n_layer} layers and the reference {reference.model.decoder.n_layer}: it is another "
             "model's file"
         )
+    if not _alike(decoder, reference.model.decoder):
+        raise BadInputError(
+            f"{path}: its {arch}.* keys give other sizes than the reference's: it is another model's file"
+        )
     return decoder
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Whether two decoders are of the same parts and sizes; constants may differ, but are finite."""
+    if isinstance(theirs, float) or isinstance(ours, float):
+        return isinstance(ours, int | float) and isinstance(theirs, int | float) and math.isfinite(ours)
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(theirs, np.ndarray):
+        return bool(ours.shape == theirs.shape and np.isfinite(ours).all())
+    if isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
+    if is_dataclass(theirs):
+        return all(_alike(getattr(ours, f.name), getattr(theirs, f.name)) for f in fields(theirs))
+    return bool(ours == theirs)
 
 
 def _identity_spec(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
@@ -223,8 +249,8 @@ def _check_same(path: Path, arch: str, shapes: Mapping[str, tuple[int, ...]], re
     """Refuse what is not of the reference's architecture and sizes."""
     if arch != reference.spec.arch:
         raise UnsupportedModelError(
-            f"{path} is of architecture {arch!r} and the reference of {reference.spec.arch!r}: compare a model with "
-            "its own reference"
+            f"{path} is of architecture {brief(arch)} and the reference of {reference.spec.arch!r}: compare a model "
+            "with its own reference"
         )
     n_layer = reference.model.decoder.n_layer
     wanted = {t.name: t.shape for t in reference.spec.tensors}
@@ -239,7 +265,9 @@ def _check_same(path: Path, arch: str, shapes: Mapping[str, tuple[int, ...]], re
     for name in shapes:
         layer = _LAYER.match(name)
         if name not in wanted and name not in _OPTIONAL and not (layer and int(layer[1]) >= n_layer):
-            raise BadInputError(f"{path} has a tensor {name}, which the reference does not have: it is another model's")
+            raise BadInputError(
+                f"{path} has a tensor {shown(name)}, which the reference does not have: it is another model's"
+            )
 
 
 def _check_vocabulary(path: Path, reader: GGUFReader, vocabulary: Vocabulary) -> None:
@@ -247,6 +275,8 @@ def _check_vocabulary(path: Path, reader: GGUFReader, vocabulary: Vocabulary) ->
     theirs = reader.metadata.get("tokenizer.ggml.tokens")
     if theirs is None:
         return
+    if theirs.element is not ValueType.STRING:
+        raise BadInputError(f"{path}: its tokens are no strings: it is damaged")
     ours = next(entry.value for entry in vocabulary.metadata if entry.key == "tokenizer.ggml.tokens")
     if len(theirs.value) != len(ours):
         raise BadInputError(
@@ -256,7 +286,7 @@ def _check_vocabulary(path: Path, reader: GGUFReader, vocabulary: Vocabulary) ->
     if len(other) > MAX_OTHER_TOKENS * len(ours):
         raise BadInputError(
             f"{path}: {len(other)} of its {len(ours)} tokens are not the reference's, the first being {other[0]}: "
-            f"{theirs.value[other[0]]!r} and not {ours[other[0]]!r}; it is another model's file"
+            f"{brief(theirs.value[other[0]])} and not {brief(ours[other[0]])}; it is another model's file"
         )
 
 
@@ -265,7 +295,7 @@ def _record(path: Path, reader: GGUFReader) -> NDArray[np.uint32] | None:
     if entry is None:
         return None
     values = np.asarray(entry.value)
-    if values.dtype != np.uint32 or not (np.diff(values.astype(np.int64)) > 0).all():
+    if values.ndim != 1 or values.dtype != np.uint32 or not (np.diff(values.astype(np.int64)) > 0).all():
         raise BadInputError(f"{path}: its {entry.key} are not sorted numbers: it is damaged")
     return values
 
@@ -277,7 +307,7 @@ def _notes(path: Path, reader: GGUFReader) -> tuple[str, ...]:
         return (f"{path} has no record of its calibration text (an older version made it): {unknown}",)
     if "sq_stream.imatrix.sha256" in reader.metadata or "quantize.imatrix.file" in reader.metadata:
         dataset = _value(reader, "quantize.imatrix.dataset")
-        return (f"{path} was made with an importance matrix of {dataset or 'some text'}: {unknown}",)
+        return (f"{path} was made with an importance matrix of {shown(dataset or 'some text')}: {unknown}",)
     return ()
 
 
@@ -313,7 +343,7 @@ def _info(
 
 def _value(reader: GGUFReader, key: str) -> str:
     entry = reader.metadata.get(key)
-    return "" if entry is None else str(entry.value)
+    return entry.value if entry is not None and isinstance(entry.value, str) else ""
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from sq_stream.formats.storage import open_locked, storage_errors, user_cache
 from sq_stream.job import settings as job_settings
 from sq_stream.job.statistics import Statistics, find_statistics, gather
 from sq_stream.job.timeline import peak_ram
-from sq_stream.text.encode import Tokenizer
+from sq_stream.text.encode import ConfinedTokenizer
 from sq_stream.units import format_size
 
 Importance = dict[str, NDArray[np.float32]]
@@ -110,7 +110,7 @@ def _suites(
 ) -> list[Suite]:
     """What to score, none of which a model was fitted to."""
     suites = make_suites(
-        settings.suites, settings.texts, Tokenizer.open(settings.ref), reference.vocabulary, ctx=settings.ctx
+        settings.suites, settings.texts, ConfinedTokenizer(settings.ref), reference.vocabulary, ctx=settings.ctx
     )
     records = {model.info.path: model.record for model in models if model.record is not None}
     if statistics is not None and statistics.calibration is not None:

@@ -14,7 +14,7 @@ from sq_stream.calibrate.documents import MAX_FILE, Ids, packaged
 from sq_stream.errors import BadInputError, UsageError
 from sq_stream.evaluate.settings import SUITES
 from sq_stream.formats.storage import storage_errors
-from sq_stream.text.encode import Tokenizer
+from sq_stream.text.encode import Encoder
 from sq_stream.text.files import read_text
 from sq_stream.text.vocabulary import Vocabulary
 
@@ -50,7 +50,7 @@ class Suite:
 def make_suites(
     names: Sequence[str],
     texts: Sequence[Path],
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     vocabulary: Vocabulary,
     *,
     ctx: int = CTX,
@@ -108,7 +108,7 @@ def cut(name: str, ids: Ids, ctx: int, bos: int | None, spread: int | None = Non
     return Suite(name, windows, (which // block).astype(np.int32))
 
 
-def _packaged_general(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Suite:
+def _packaged_general(tokenizer: Encoder, vocabulary: Vocabulary) -> Suite:
     """Running text of the packaged held-out documents."""
     n, ctx = GENERAL
     corpus = build_corpus(tokenizer, vocabulary, ctx=ctx, windows=(1, 1, 2**30))
@@ -119,7 +119,7 @@ def _packaged_general(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Suite:
     return Suite("general", corpus.heldout[which], corpus.heldout_documents[which])
 
 
-def _encode(path: Path, tokenizer: Tokenizer) -> Ids:
+def _encode(path: Path, tokenizer: Encoder) -> Ids:
     """Token ids of a file, without BOS."""
     with storage_errors("reading", path):
         if not path.exists():
@@ -127,8 +127,9 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Ids:
         if path.stat().st_size > MAX_FILE:
             raise BadInputError(f"{path}: more than {MAX_FILE} bytes, the most that is read: give a part of it")
     text = read_text(path) or ""
-    parts = [np.array(tokenizer.encode(piece, special=False), np.int32) for piece in _pieces(text)]
-    return np.concatenate([np.empty(0, np.int32), *parts])
+    ids = np.concatenate([np.empty(0, np.int64), *tokenizer.encode_all(list(_pieces(text)))])
+    small: Ids = np.minimum(ids, np.iinfo(np.int32).max).astype(np.int32)  # what is too large is found in `_check`
+    return small
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, TensorEntry, read_header
-from sq_stream.formats.storage import Closing, read_into, storage_errors
-from sq_stream.formats.strict_json import parse_object
+from sq_stream.formats.storage import Closing, only_regular, read_input, read_into, storage_errors
+from sq_stream.formats.strict_json import brief, parse_object, shown
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_CONFIG_BYTES = 2**24
+MAX_TENSORS = 2**18
+"""In all files of a checkpoint; the largest published ones have about 2**17."""
 _CHUNK_BYTES = 2**19  # read and converted at a time: stays in the cache
 
 
@@ -157,13 +160,15 @@ class Checkpoint(Closing):
     def _open_file(self, name: str) -> None:
         path = self.folder / name
         with storage_errors("opening", path):
-            fd = os.open(path, os.O_RDONLY)
+            fd = only_regular(path, os.O_RDONLY)
         self._fds[path] = fd
         header = read_header(fd, path)
+        if len(self.tensors) + len(header.tensors) > MAX_TENSORS:
+            raise BadInputError(f"{self.folder} holds more than {MAX_TENSORS} tensors, the most that are read")
         for entry in header.tensors:
             if (other := self.tensors.get(entry.name)) is not None:
                 raise BadInputError(
-                    f"tensor {entry.name!r} is in both {other.path.name} and {name} of {self.folder}: "
+                    f"tensor {brief(entry.name)} is in both {other.path.name} and {name} of {self.folder}: "
                     "keep only the files of one set of weights"
                 )
             self.tensors[entry.name] = entry
@@ -174,10 +179,7 @@ class Checkpoint(Closing):
 
     def _read_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
         path = self.folder / name
-        with storage_errors("reading", path), open(path, "rb") as file:
-            raw = file.read(MAX_HEADER_BYTES + 1)
-        if len(raw) > MAX_HEADER_BYTES:
-            raise BadInputError(f"{path} is larger than {MAX_HEADER_BYTES} bytes: it is not a {name}")
+        raw = read_input(path, MAX_HEADER_BYTES if name == INDEX else MAX_CONFIG_BYTES)
         return raw, parse_object(raw, path, unique_names=name == INDEX)
 
     def _open_weights(self, present: Sequence[str]) -> None:
@@ -199,7 +201,7 @@ class Checkpoint(Closing):
         if INDEX in present:
             self._check_index(weight_map, index.get("metadata"))
         if left_aside := sorted(set(available) - set(names)):
-            self.warnings.append(f"not part of the checkpoint, left aside: {', '.join(left_aside)}")
+            self.warnings.append(f"not part of the checkpoint, left aside: {', '.join(left_aside[:20])}")
 
     def _check_index(self, weight_map: dict[str, str], metadata: Any) -> None:
         """Raise BadInputError unless the index and the headers name the same tensors in the same files."""
@@ -208,20 +210,20 @@ class Checkpoint(Closing):
         for name, shard in weight_map.items():
             if found.get(name) != shard:
                 raise BadInputError(
-                    f"{index} says that tensor {name!r} is in {shard}, but it is "
+                    f"{index} says that tensor {brief(name)} is in {shown(shard)}, but it is "
                     f"{'in ' + found[name] if name in found else 'not there'}: download the checkpoint again"
                 )
         if extra := found.keys() - weight_map.keys():
             name = min(extra)
             raise BadInputError(
-                f"{found[name]} holds tensor {name!r}, which {index} does not name ({len(extra)} such tensors): "
+                f"{found[name]} holds tensor {brief(name)}, which {index} does not name ({len(extra)} such tensors): "
                 "index and files are of different checkpoints, download them again"
             )
         # Every tensor is accounted for by now, and published indexes do get this sum wrong: no reason to refuse.
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         total = sum(entry.n_bytes for entry in self.tensors.values())
         if stated is not None and stated != total:
-            self.warnings.append(f"{INDEX} states a total_size of {stated} bytes, the tensors have {total}")
+            self.warnings.append(f"{INDEX} states a total_size of {brief(stated)} bytes, the tensors have {total}")
 
 
 def _row_numbers(rows: slice | NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
@@ -246,8 +248,8 @@ def _parse_weight_map(weight_map: Any, path: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not re.search(r"[/\\\0]", shard)
         if not plain:
             raise BadInputError(
-                f"{path} says that tensor {name!r} is in {shard!r}, which is not the name of a *.safetensors file "
-                "in its folder"
+                f"{path} says that tensor {brief(name)} is in {brief(shard)}, which is not the name of a *.safetensors "
+                "file in its folder"
             )
     return weight_map
 
@@ -265,7 +267,8 @@ def _missing_shards(names: Sequence[str]) -> list[str]:
 
 def _refuse_missing(missing: Sequence[str], where: Path) -> None:
     if missing:
-        raise BadInputError(f"{where} lacks {len(missing)} weight files: {', '.join(missing)}; download them")
+        named = ", ".join(map(shown, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise BadInputError(f"{where} lacks {len(missing)} weight files: {named}; download them")
 
 
 def _no_weights(folder: Path, present: Sequence[str]) -> BadInputError:

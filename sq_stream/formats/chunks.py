@@ -16,7 +16,7 @@ import zstandard
 from numpy.typing import DTypeLike, NDArray
 
 from sq_stream.errors import BadInputError
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import read_input, storage_errors
 
 _CRC_BYTES = 4
 LEVEL = 1  # higher ones gain about one percent on activations
@@ -43,6 +43,9 @@ def decompress(data: bytes, dtype: DTypeLike, shape: tuple[int, ...], where: str
     if checksum != _crc32(frame):
         raise BadInputError(f"{where} is damaged: its checksum is wrong")
     try:
+        stated = zstandard.frame_content_size(frame)
+        if stated != n_bytes:
+            raise BadInputError(f"{where} is damaged: it holds {stated} bytes, {n_bytes} are expected")
         raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=n_bytes)
     except zstandard.ZstdError as error:
         raise BadInputError(f"{where} is damaged ({error})") from error
@@ -72,9 +75,8 @@ def read_chunk(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[
         BadInputError: the file is damaged.
         StorageError: it is not there, or reading fails.
     """
-    with storage_errors("reading", path):
-        data = path.read_bytes()
-    return decompress(data, dtype, shape, str(path))
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return decompress(read_input(path, 2 * n_bytes + 1024), dtype, shape, str(path))
 
 
 def _crc32(data: bytes) -> bytes:

@@ -128,6 +128,16 @@ def _encode_tensor_info(name: str, shape: Sequence[int], block_type: BlockType, 
     return _encode_string(name) + dimensions + struct.pack("<IQ", block_type.ggml_id, offset)
 
 
+def can_encode(entry: Entry) -> bool:
+    """Whether the value is one of the entry's type."""
+    try:
+        with np.errstate(over="raise"):
+            _encode_entry(entry)
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        return False
+    return True
+
+
 def _encode_entry(entry: Entry) -> bytes:
     start = _encode_string(entry.key) + struct.pack("<I", entry.type)
     if entry.type is not ValueType.ARRAY:

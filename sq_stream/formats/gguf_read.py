@@ -30,10 +30,15 @@ from sq_stream.formats.gguf_layout import (
     padded,
 )
 from sq_stream.formats.metadata import Entry, ValueType
-from sq_stream.formats.storage import Closing, read_into, storage_errors
-from sq_stream.formats.strict_json import LFS_POINTER, refuse_lfs_pointer
+from sq_stream.formats.storage import Closing, only_regular, read_into, storage_errors
+from sq_stream.formats.strict_json import LFS_POINTER, brief, refuse_lfs_pointer
 
-_MAX_VALUE_BYTES = 2**28  # of one metadata value; the largest vocabularies take some 2**23
+MAX_HEADER_BYTES = 2**26
+"""Of metadata and descriptions of tensors together; vocabularies of 262,144 tokens take some 2**24."""
+MAX_KEYS = 2**12
+MAX_TENSORS = 2**17
+MAX_STRINGS = 2**22
+"""In one array: each takes some 60 bytes of memory, be it nine in the file."""
 _MIN_ENTRY_BYTES = 8 + 4 + 1  # an empty key, a type, one byte
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # an empty name, no dimensions, a type, an offset
 
@@ -51,7 +56,7 @@ class GGUFReader(Closing):
     def __init__(self, path: Path) -> None:
         self.path = path
         with storage_errors("reading", path):
-            self._file = open(path, "rb", buffering=2**20)  # noqa: SIM115 - closed by close()
+            self._file = open(path, "rb", 2**20, opener=only_regular)  # noqa: SIM115 - closed by close()
             try:
                 self.file_bytes = os.fstat(self._file.fileno()).st_size
                 self._parse(_Cursor(self._file, path, self.file_bytes))
@@ -95,14 +100,14 @@ class GGUFReader(Closing):
         for _ in range(n_entries):
             entry = _parse_entry(cursor)
             if entry.key in self.metadata:
-                raise cursor.damaged(f"the key {entry.key!r} is there twice")
+                raise cursor.damaged(f"the key {brief(entry.key)} is there twice")
             self.metadata[entry.key] = entry
         self.alignment = self._parse_alignment(cursor)
         infos = {}
         for _ in range(n_tensors):
             info = _parse_tensor_info(cursor)
             if info.name in infos:
-                raise cursor.damaged(f"the tensor {info.name!r} is there twice")
+                raise cursor.damaged(f"the tensor {brief(info.name)} is there twice")
             infos[info.name] = info
         self.data_offset = padded(cursor.position, self.alignment)
         self.tensors = self._place(infos.values(), cursor)
@@ -112,7 +117,7 @@ class GGUFReader(Closing):
         if entry is None:
             return DEFAULT_ALIGNMENT
         if entry.type is not ValueType.UINT32 or entry.value.bit_count() != 1:
-            raise cursor.damaged(f"{ALIGNMENT_KEY} is {entry.value!r}, not a power of two")
+            raise cursor.damaged(f"{ALIGNMENT_KEY} is {brief(entry.value)}, not a power of two")
         return int(entry.value)
 
     def _place(self, infos: Iterable[TensorLayout], cursor: _Cursor) -> dict[str, TensorLayout]:
@@ -146,9 +151,9 @@ class _Cursor:
         return BadInputError(f"{self.path} is not a sound GGUF file: {what} (near byte {self.position})")
 
     def require(self, n_bytes: int, what: str) -> None:
-        """Raise BadInputError unless `n_bytes` are left for `what` and not absurdly many."""
-        if n_bytes > _MAX_VALUE_BYTES:
-            raise self.damaged(f"{what} needs {n_bytes} bytes; at most {_MAX_VALUE_BYTES} are believed")
+        """Raise BadInputError unless `n_bytes` are left for `what` and the header does not become absurdly long."""
+        if self.position + n_bytes > MAX_HEADER_BYTES:
+            raise self.damaged(f"{what} needs {n_bytes} bytes; at most {MAX_HEADER_BYTES} of a header are read")
         if n_bytes > self.file_bytes - self.position:
             raise BadInputError(
                 f"{self.path} is truncated or damaged: {what} at byte {self.position} needs {n_bytes} bytes, "
@@ -194,6 +199,8 @@ def _parse_start(cursor: _Cursor) -> tuple[int, int]:
         big_endian = " (a big-endian file)" if version & 0xFFFF == 0 else ""
         raise BadInputError(f"{cursor.path} is GGUF version {version}{big_endian}; version {VERSION} can be read")
     n_tensors, n_entries = cursor.u64("the tensor count"), cursor.u64("the metadata count")
+    if n_entries > MAX_KEYS or n_tensors > MAX_TENSORS:
+        raise cursor.damaged(f"{n_entries} keys and {n_tensors} tensors; at most {MAX_KEYS} and {MAX_TENSORS} are read")
     least_bytes = n_entries * _MIN_ENTRY_BYTES + n_tensors * _MIN_TENSOR_BYTES
     cursor.require(least_bytes, f"a header of {n_entries} keys and {n_tensors} tensors")
     return n_tensors, n_entries
@@ -201,7 +208,7 @@ def _parse_start(cursor: _Cursor) -> tuple[int, int]:
 
 def _parse_entry(cursor: _Cursor) -> Entry:
     key = cursor.string("a key")
-    what = f"the value of {key!r}"
+    what = f"the value of {brief(key)}"
     kind = cursor.value_type(what)
     if kind is ValueType.STRING:
         return Entry(key, kind, cursor.string(what))
@@ -224,15 +231,17 @@ def _parse_numbers(cursor: _Cursor, kind: ValueType, count: int, what: str) -> N
 
 def _parse_strings(cursor: _Cursor, count: int, what: str) -> list[str]:
     cursor.require(8 * count, what)
+    if count > MAX_STRINGS:
+        raise cursor.damaged(f"{what} has {count} strings; at most {MAX_STRINGS} are read")
     return [cursor.string(what) for _ in range(count)]
 
 
 def _parse_tensor_info(cursor: _Cursor) -> TensorLayout:
     """A tensor's description; its offset is relative to the data section."""
     name = cursor.string("a tensor name")
-    what = f"the description of tensor {name!r}"
+    what = f"the description of tensor {brief(name)}"
     if len(name.encode()) > MAX_NAME_BYTES:
-        raise cursor.damaged(f"the tensor name {name!r} is longer than {MAX_NAME_BYTES} bytes")
+        raise cursor.damaged(f"the tensor name {brief(name)} is longer than {MAX_NAME_BYTES} bytes")
     n_dims = cursor.u32(what)
     if n_dims > MAX_DIMENSIONS:
         raise cursor.damaged(f"tensor {name!r} has {n_dims} dimensions, at most {MAX_DIMENSIONS} are allowed")

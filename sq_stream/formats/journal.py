@@ -13,7 +13,10 @@ from typing import Any
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.atomic import atomic_write
-from sq_stream.formats.storage import Closing, storage_errors, sync_folder, write_all
+from sq_stream.formats.storage import Closing, read_input, storage_errors, sync_folder, write_all
+
+MAX_BYTES = 2**26
+"""Of a journal; that of a job with 1000 tensors and its measurements has some 2**20."""
 
 
 class Journal(Closing):
@@ -91,10 +94,9 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]
         BadInputError: the header is damaged.
         StorageError: the file is not there, or cannot be read.
     """
-    with storage_errors("reading", path):
-        lines = path.read_bytes().splitlines(keepends=True)
+    data = read_input(path, MAX_BYTES)
     records, n_bytes = [], 0
-    for line in lines:
+    for line in data.splitlines(keepends=True):
         if (record := _decode(line)) is None:
             break
         records.append(record)
@@ -116,6 +118,6 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

@@ -17,9 +17,10 @@ import numpy as np
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.storage import read_into
-from sq_stream.formats.strict_json import LFS_POINTER, parse_object, refuse_lfs_pointer
+from sq_stream.formats.strict_json import LFS_POINTER, brief, parse_object, refuse_lfs_pointer
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 2**25
+"""The format allows 100 MB; a header of 100,000 tensors has some 12 MB."""
 MAX_DIMENSIONS = 64
 METADATA = "__metadata__"
 
@@ -90,19 +91,20 @@ def _read(fd: int, offset: int, n_bytes: int, path: Path) -> bytes:
 
 def _parse_entry(name: str, fields: Any, path: Path, data_start: int) -> TensorEntry:
     if not isinstance(fields, Mapping) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise BadInputError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets; the file is damaged")
+        raise BadInputError(f"{path}: tensor {brief(name)} lacks dtype, shape or data_offsets; the file is damaged")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise BadInputError(f"{path}: tensor {name!r} has the unknown dtype {_short(dtype)}; the file is damaged")
+        raise BadInputError(f"{path}: tensor {brief(name)} has the unknown dtype {brief(dtype)}; the file is damaged")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise BadInputError(f"{path}: tensor {name!r} has the impossible shape {_short(shape)}")
+        raise BadInputError(f"{path}: tensor {brief(name)} has the impossible shape {brief(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise BadInputError(f"{path}: tensor {name!r} has the impossible data_offsets {_short(offsets)}")
+        raise BadInputError(f"{path}: tensor {brief(name)} has the impossible data_offsets {brief(offsets)}")
     begin, end = offsets
     n_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if n_bits % 8 or end - begin != n_bits // 8:
+        needed = brief(n_bits // 8) + (str(n_bits % 8 / 8)[1:] if n_bits % 8 else "")
         raise BadInputError(
-            f"{path}: tensor {name!r} of shape {_short(shape)} and dtype {dtype} needs {n_bits / 8:.15g} bytes, "
+            f"{path}: tensor {brief(name)} of shape {brief(shape)} and dtype {dtype} needs {needed} bytes, "
             f"but its data_offsets {begin} to {end} hold {end - begin}; the file is damaged"
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
@@ -112,11 +114,6 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _check_coverage(tensors: list[TensorEntry], path: Path, data_start: int, file_bytes: int) -> None:
     """Raise BadInputError unless `tensors`, sorted by offset, fill the file from `data_start` to its end."""
     end = data_start
@@ -124,7 +121,7 @@ def _check_coverage(tensors: list[TensorEntry], path: Path, data_start: int, fil
         if entry.offset != end:
             kind = "overlaps the tensor before it" if entry.offset < end else "follows a hole"
             raise BadInputError(
-                f"{path}: the data of tensor {entry.name!r} {kind}: it begins at byte {entry.offset} of the file, "
+                f"{path}: the data of tensor {brief(entry.name)} {kind}: it begins at byte {entry.offset} of the file, "
                 f"{end} is expected; the file is damaged"
             )
         end += entry.n_bytes

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import InterruptedJobError, StorageError
+from sq_stream.errors import BadInputError, InterruptedJobError, StorageError
 
 _READ_BYTES = 2**22
 _ADVICE = {
@@ -63,6 +64,37 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk and the path")
         raise StorageError(f"{action} {path} failed ({error.strerror or error}): {advice}") from error
+
+
+def only_regular(path: str | Path, flags: int) -> int:
+    """Open a file of data, as `open`'s `opener`: a pipe or a device in its place would be read for ever.
+
+    Raises:
+        BadInputError: it is no regular file (nor a link to one).
+        OSError: it cannot be opened, or is a folder.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise BadInputError(f"{path} is a pipe or a device, not a file: save its contents as a file")
+
+
+def read_input(path: Path, most_bytes: int) -> bytes:
+    """All of a file of at most `most_bytes`.
+
+    Raises:
+        BadInputError: it is larger, or no regular file.
+        StorageError: it is not there, or reading fails.
+    """
+    with storage_errors("reading", path), open(path, "rb", opener=only_regular) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise BadInputError(f"{path} is larger than {most_bytes} bytes, the most that is read of such a file")
+    return data
 
 
 def read_into(fd: int, buffer: NDArray[Any], offset: int, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.spectrum import leading_energy
-from sq_stream.errors import SqStreamError
+from sq_stream.errors import BadInputError, SqStreamError
 from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.journal import Journal
@@ -135,16 +135,20 @@ def read_record(journal: Journal, partial: Path, last: Timeline) -> Record:
     """The record of a job whose tensors are measured and whose `last` run is this one.
 
     Raises:
+        BadInputError: the journal holds something else.
         StorageError: the file cannot be read.
     """
     records = journal.records
-    return Record(
-        sha256=sha256_of(partial),
-        errors={record["measured"]: OutputError(**record["error"]) for record in records if "measured" in record},
-        sites=tuple(_parse_site(record["site"]) for record in records if "site" in record),
-        unseen=tuple(name for record in records for name in record.get("unseen", ())),
-        runs=(*(_parse_timeline(record["run"]) for record in records if "run" in record), last),
-    )
+    try:
+        return Record(
+            sha256=sha256_of(partial),
+            errors={record["measured"]: OutputError(**record["error"]) for record in records if "measured" in record},
+            sites=tuple(_parse_site(record["site"]) for record in records if "site" in record),
+            unseen=tuple(name for record in records for name in record.get("unseen", ())),
+            runs=(*(_parse_timeline(record["run"]) for record in records if "run" in record), last),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInputError(f"{journal.path} is damaged: start over with --fresh") from error
 
 
 def _parse_site(fields: dict[str, Any]) -> SiteRecord:

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 
 from sq_stream import __version__
 from sq_stream.calibrate.sketches import Sketches
-from sq_stream.errors import InterruptedJobError, UsageError
+from sq_stream.errors import BadInputError, InterruptedJobError, UsageError
 from sq_stream.events import Finished, Note, OnEvent, ignore
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
@@ -97,7 +97,10 @@ def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *,
 
 def _checksums(journal: Journal) -> dict[str, int]:
     """CRC-32 of the tensors that are in the file, by name."""
-    return {record["tensor"]: record["crc32"] for record in journal.records if "tensor" in record}
+    found = [(record["tensor"], record.get("crc32")) for record in journal.records if "tensor" in record]
+    if not all(isinstance(name, str) and type(crc) is int for name, crc in found):
+        raise BadInputError(f"{journal.path} is damaged: start over with --fresh")
+    return dict(found)
 
 
 def _open(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:

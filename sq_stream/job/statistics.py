@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.calibration import Calibration, plan_calibration
 from sq_stream.calibrate.corpus import WINDOWS, build_corpus
-from sq_stream.calibrate.imatrix import import_imatrix
+from sq_stream.calibrate.imatrix import MAX_BYTES, import_imatrix
 from sq_stream.calibrate.shingles import sample
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.calibrate.store import Store
@@ -19,10 +19,10 @@ from sq_stream.errors import UsageError
 from sq_stream.events import Note, OnEvent
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.metadata import Entry, ValueType, array, string, u32
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import read_input
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
-from sq_stream.text.encode import Tokenizer
+from sq_stream.text.encode import ConfinedTokenizer
 from sq_stream.text.vocabulary import Vocabulary
 
 
@@ -74,11 +74,10 @@ def find_statistics(
         if not settings.imatrix.exists():
             raise UsageError(f"{settings.imatrix}: no such importance matrix")
         imatrix = import_imatrix(settings.imatrix, spec)
-        with storage_errors("reading", settings.imatrix):
-            digest = hashlib.sha256(settings.imatrix.read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_input(settings.imatrix, MAX_BYTES)).hexdigest()
         return Statistics(None, imatrix, None, {"imatrix": digest})
     corpus = build_corpus(
-        Tokenizer.open(settings.model_dir),
+        ConfinedTokenizer(settings.model_dir),
         vocabulary,
         ctx=settings.ctx,
         files=settings.calib,

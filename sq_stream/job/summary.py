@@ -94,10 +94,11 @@ def summarize_gguf(path: Path) -> GGUFSummary:
 
 def _shown(entry: Entry) -> Any:
     """The value as JSON; of a long array only the beginning and its length."""
-    value = entry.value.tolist() if isinstance(entry.value, np.ndarray) else entry.value
-    if isinstance(value, (list, tuple)) and len(value) > MOST_ELEMENTS_SHOWN:
-        return {"length": len(value), "first": list(value[:MOST_ELEMENTS_SHOWN])}
-    return value
+    if not isinstance(entry.value, np.ndarray | list):
+        return entry.value
+    first = entry.value[:MOST_ELEMENTS_SHOWN]
+    shown = first.tolist() if isinstance(first, np.ndarray) else first
+    return {"length": len(entry.value), "first": shown} if len(entry.value) > len(shown) else shown
 
 
 def count_types(tensors: Iterable[TensorSummary]) -> list[tuple[str, int, int]]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from sq_stream.parallel import SLAB
 
 
-def row_tiles(n_rows: int, n_in: int, tile_weights: int) -> Iterator[slice]:
+def row_tiles(n_rows: int, n_in: int, tile_weights: int, slab: int = SLAB) -> Iterator[slice]:
     """Consecutive ranges of about `tile_weights` values, in whole slabs of rows: shaping works slab by slab."""
-    step = max(1, tile_weights // n_in // SLAB) * SLAB
+    step = max(1, tile_weights // max(n_in, 1) // slab) * slab
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))

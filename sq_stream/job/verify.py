@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import VerificationError
+from sq_stream.errors import DoesNotFitError, VerificationError
 from sq_stream.events import OnEvent, Progress, StageStarted, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader
@@ -140,9 +140,13 @@ def _check_tensor(reader: GGUFReader, name: str, tile_weights: int, source: Sour
 
     tensor = reader.tensors[name]
     n_rows, n_in = tensor.n_rows, tensor.shape[-1]
+    if n_in > tile_weights:
+        raise DoesNotFitError(
+            f"{reader.path}: {name} has rows of {n_in} values; this --max-ram holds {tile_weights} at a time"
+        )
     crc, squared_error, squared_sum = 0, 0.0, 0.0
     scaling = None if source is None else source.scaling(reader, name)
-    for rows in row_tiles(n_rows, n_in, tile_weights):
+    for rows in row_tiles(n_rows, n_in, tile_weights, slab=1):
         data = reader.read_rows(name, rows.start, rows.stop)  # uint8 [n_tile, row_bytes]
         crc = zlib.crc32(data.data, crc)
         x = decode(data, tensor.block_type)  # float32 [n_tile, n_in]
@@ -160,7 +164,7 @@ def _check_tensor(reader: GGUFReader, name: str, tile_weights: int, source: Sour
         tensor.shape,
         tensor.n_bytes,
         crc,
-        rms_error=None if source is None else (squared_error / (n_rows * n_in)) ** 0.5,
+        rms_error=None if source is None else (squared_error / max(n_rows * n_in, 1)) ** 0.5,
         relative_error=None if source is None else (squared_error / squared_sum) ** 0.5 if squared_sum else 0.0,
     )
 

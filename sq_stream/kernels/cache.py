@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -23,7 +24,10 @@ from sq_stream.formats.storage import user_cache
 
 @cache
 def cache_folder() -> Path:
-    """The first writable of: what NUMBA_CACHE_DIR says, this package, the user's cache, a temporary folder.
+    """The first that is this user's alone: in NUMBA_CACHE_DIR, this package, the user's cache; else a temporary one.
+
+    Compiled kernels are machine code that is run as it is found, so a folder of another user, or one that others can
+    write to, is passed over.
 
     Raises:
         OSError: there is none.
@@ -34,15 +38,23 @@ def cache_folder() -> Path:
     for parent in (*chosen, here / "__pycache__", user_cache()):
         folder = parent / f"kernels-{digest}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            own = _is_ours(folder)
         except OSError:
             continue
-        if os.access(folder, os.W_OK):
+        if own and os.access(folder, os.W_OK):
             for other in parent.glob("kernels-*"):
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
             return folder
     return Path(tempfile.mkdtemp(prefix="sq-stream-kernels-"))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody but this user can change what is in `folder`."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def kept_kernels(uses: Iterable[str]) -> set[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from sq_stream.errors import BadInputError, UnsupportedModelError
+from sq_stream.formats.strict_json import brief, shown
 
 if TYPE_CHECKING:
     from sq_stream.models.base import ModelFile
@@ -34,13 +35,14 @@ def find(config: Mapping[str, Any]) -> ModelFile:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise BadInputError(
-            f"config.json: architectures is {names!r}, not a list of class names: is this a Hugging Face checkpoint?"
+            f"config.json: architectures is {brief(names)}, not a list of class names: is this a Hugging Face "
+            "checkpoint?"
         )
     for name in names:
         if name in MODULES:
             return cast("ModelFile", importlib.import_module(f"{__name__}.{MODULES[name]}"))
-    nearest = difflib.get_close_matches(names[0], MODULES, n=3, cutoff=0.0)
+    nearest = difflib.get_close_matches(names[0][:100], MODULES, n=3, cutoff=0.0)
     raise UnsupportedModelError(
-        f"config.json: {names[0]} is not an architecture that sq-stream supports; the nearest that are: "
+        f"config.json: {shown(names[0])} is not an architecture that sq-stream supports; the nearest that are: "
         f"{', '.join(nearest)}"
     )

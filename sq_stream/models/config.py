@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sq_stream.errors import BadInputError, UnsupportedModelError
+from sq_stream.formats.strict_json import brief
 
 MAX_SIZE = 2**20
 """No dimension of a known model comes near this; a larger one is a damaged config, not a model."""
@@ -24,7 +25,7 @@ class Config:
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, path: str = ""):
         text = values.get("text_config")
         if text is not None and not isinstance(text, Mapping):
-            raise BadInputError(f"config.json: text_config is {text!r}, not an object")
+            raise BadInputError(f"config.json: text_config is {brief(text)}, not an object")
         given = {key: value for key, value in {**values, **(text or {})}.items() if value is not None}
         self._values = {**(defaults or {}), **given}
         self._path = path
@@ -93,7 +94,7 @@ class Config:
         """
         if key in self._values and self._values[key] not in supported:
             raise UnsupportedModelError(
-                f"config.json: {self._path}{key} is {_brief(self._values[key])}; sq-stream supports only "
+                f"config.json: {self._path}{key} is {brief(self._values[key])}; sq-stream supports only "
                 f"{' or '.join(map(repr, supported))} for this architecture"
             )
 
@@ -104,9 +105,4 @@ class Config:
         return value
 
     def _error(self, key: str, value: object, wanted: str) -> BadInputError:
-        return BadInputError(f"config.json: {self._path}{key} is {_brief(value)}, not {wanted}")
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return BadInputError(f"config.json: {self._path}{key} is {brief(value)}, not {wanted}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sq_stream.errors import BadInputError, UnsupportedModelError, UsageError
 from sq_stream.formats.metadata import Entry, f32, u32
+from sq_stream.formats.strict_json import shown
 from sq_stream.models.base import Function, ModelSpec, TensorMap
 from sq_stream.models.config import MAX_LAYERS, Config
 from sq_stream.models.tensors import Shapes, TensorTable, linear, norm
@@ -74,9 +75,9 @@ def refuse_variants(config: Config) -> None:
     """
     quantization = config.section("quantization_config") or config.section("compression_config")
     if quantization:
+        method = shown(quantization.text("quant_method", "unknown"))
         raise UnsupportedModelError(
-            f"config.json: these weights are already quantized ({quantization.text('quant_method', 'unknown')}): "
-            "take the checkpoint in BF16, F16 or F32"
+            f"config.json: these weights are already quantized ({method}): take the checkpoint in BF16, F16 or F32"
         )
     for key in _EXPERT_COUNTS:
         config.only(key, 0)

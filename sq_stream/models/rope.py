@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sq_stream.errors import BadInputError, UnsupportedModelError
 from sq_stream.formats.metadata import Entry, f32, string, u32
+from sq_stream.formats.strict_json import brief
 from sq_stream.models.base import TensorMap
 from sq_stream.models.config import Config
 
@@ -45,7 +46,7 @@ def read_rope(config: Config, *kinds: str, theta: float = 10_000.0) -> Rope:
     kind = section.text("rope_type", section.text("type", "default"))
     if kind not in ("default", *kinds):
         raise UnsupportedModelError(
-            f"config.json: rotary embeddings are scaled by {kind!r}; sq-stream supports only "
+            f"config.json: rotary embeddings are scaled by {brief(kind)}; sq-stream supports only "
             f"{', '.join(('default', *kinds))} for this architecture"
         )
     return Rope(section.number("rope_theta", config.number("rope_theta", theta)), kind, section)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sq_stream.errors import BadInputError
+from sq_stream.formats.strict_json import brief, shown
 from sq_stream.models.base import Function, TensorMap
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,7 +64,7 @@ class TensorTable:
                 )
             if tuple(shape) != wanted:
                 raise BadInputError(
-                    f"tensor {tensor.source} has shape {list(shape)}; config.json calls for {list(wanted)}"
+                    f"tensor {tensor.source} has shape {brief(list(shape))}; config.json calls for {list(wanted)}"
                 )
             self._remaining.pop(tensor.source, None)
             self._tensors.append(tensor)
@@ -86,7 +87,8 @@ class TensorTable:
             first, *others = sorted(self._remaining)
             also = f" and {len(others)} more" if others else ""
             raise BadInputError(
-                f"the checkpoint has tensor {first} {list(self._shapes[first])}{also}, which this architecture does "
-                "not have: config.json is another model's, or this is a variant that sq-stream does not know"
+                f"the checkpoint has tensor {shown(first)} {brief(list(self._shapes[first]))}{also}, which this "
+                "architecture does not have: config.json is another model's, or this is a variant that sq-stream does "
+                "not know"
             )
         return tuple(self._tensors), self._left_out

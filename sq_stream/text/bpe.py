@@ -6,8 +6,10 @@ Follows `get_vocab_base` and `SpecialVocab` of llama.cpp's converter (conversion
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
-from sq_stream.errors import BadInputError
+from sq_stream.errors import BadInputError, UnsupportedModelError
+from sq_stream.formats.strict_json import brief
 from sq_stream.text.tokenizer_json import BpeTokenizer
 from sq_stream.text.tokens import TokenTable, TokenType, added_token_type, written
 
@@ -28,9 +30,10 @@ def token_table(tokenizer: BpeTokenizer, added_texts: list[str], n_vocab: int) -
         BadInputError: the tokenizer has more ids than the model, or the same text twice.
     """
     ids = {**tokenizer.vocab, **{token.content: token.id for token in tokenizer.added}}
-    if (largest := max(ids, key=ids.__getitem__)) and ids[largest] >= n_vocab:
+    largest = max(ids, key=ids.__getitem__)
+    if ids[largest] >= n_vocab:
         raise BadInputError(
-            f"tokenizer.json: token {largest!r} has id {ids[largest]}, but the model has embeddings for {n_vocab} "
+            f"tokenizer.json: token {brief(largest)} has id {ids[largest]}, but the model has embeddings for {n_vocab} "
             "tokens only: this tokenizer belongs to another model"
         )
     table = TokenTable.unused(n_vocab)
@@ -50,14 +53,16 @@ def _decoded(tokenizer: BpeTokenizer) -> list[str]:
         return [token.content for token in added]
     from tokenizers import Tokenizer
 
+    if not isinstance(decoder := tokenizer.definition.get("decoder"), Mapping) or decoder.get("type") != "ByteLevel":
+        kind = decoder.get("type") if isinstance(decoder, Mapping) else decoder
+        raise UnsupportedModelError(f"tokenizer.json: the decoder of byte-level BPE is ByteLevel, not {brief(kind)}")
     # Only the decoder matters: a tokenizer of nothing but the added tokens decodes alike, and loads at once.
     vocab = {token.content: i for i, token in enumerate(added)}
-    decoder = tokenizer.definition.get("decoder")
     small = {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": decoder}
     try:
         decode = Tokenizer.from_str(json.dumps(small)).decode
     except Exception as error:  # what the library raises
-        raise BadInputError(f"tokenizer.json: its decoder cannot be read: {error}") from error
+        raise BadInputError(f"tokenizer.json: its decoder cannot be read: {brief(str(error))}") from error
     return [token.content if token.normalized else decode([i]) for i, token in enumerate(added)]
 
 

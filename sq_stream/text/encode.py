@@ -3,19 +3,72 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from sq_stream import confined
 from sq_stream.errors import BadInputError
+from sq_stream.formats.strict_json import brief
 from sq_stream.text import spm
 from sq_stream.text.files import read_json_object, read_text
+
+MEMORY = 2**31
+"""Bytes of address space of the process that encodes text: some 2**29 are the program and a large vocabulary."""
+CPU_SECONDS = 300
+
+Ids = NDArray[np.int64]
+
+
+class Encoder(Protocol):
+    """Whatever gives token ids."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of each text, without BOS and EOS; special tokens written in it are recognized."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConfinedTokenizer:
+    """The tokenizer of the checkpoint in `folder`, which works in a process of its own (`confined`)."""
+
+    folder: Path
+
+    def encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """See `Encoder`.
+
+        Raises:
+            BadInputError: the tokenizer is damaged, or its rules take too much time or memory.
+            UnsupportedModelError, StorageError: as `Tokenizer.open`.
+        """
+        request = json.dumps({"folder": str(self.folder), "texts": list(texts)}).encode()
+        try:
+            answer = confined.call(f"{__name__}:encode_request", request, memory=MEMORY, cpu_seconds=CPU_SECONDS)
+        except confined.FailedError as failure:
+            raise BadInputError(f"{self.folder}: its tokenizer failed on the text: {failure}") from failure
+        lengths, _, ids = answer.partition(b"\n")
+        ends = np.cumsum(json.loads(lengths), dtype=np.int64)
+        return np.split(np.frombuffer(ids, np.int64), ends[:-1])
+
+
+def encode_request(request: bytes) -> bytes:
+    """What the child process of `ConfinedTokenizer` does: the number of ids of each text, and all ids."""
+    asked = json.loads(request)
+    encoded = Tokenizer.open(Path(asked["folder"])).encode_all(asked["texts"])
+    lengths = json.dumps([len(ids) for ids in encoded]).encode()
+    return lengths + b"\n" + b"".join(ids.tobytes() for ids in encoded)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Encodes and decodes text."""
+    """Encodes and decodes text, in this process: for tokenizers that are trusted."""
 
     _encode: Callable[[str, bool], list[int]]
     _decode: Callable[[list[int]], str]
@@ -43,6 +96,10 @@ class Tokenizer:
         """
         return self._encode(text, special)
 
+    def encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """See `Encoder`."""
+        return [np.array(self.encode(text, special=False), np.int64) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
         return self._decode(list(ids))
@@ -51,16 +108,27 @@ class Tokenizer:
 def _from_json(path: Path, text: str) -> Tokenizer:
     import tokenizers
 
-    try:
+    with _errors_of("the tokenizers library", path):
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # what the library raises
-        raise BadInputError(f"{path}: the tokenizers library cannot read it: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return Tokenizer(
-        lambda text, special: list(tokenizer.encode(text, add_special_tokens=special).ids),
-        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
-    )
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    def encode(text: str, special: bool) -> list[int]:
+        with _errors_of("the tokenizers library", path):
+            return list(tokenizer.encode(text, add_special_tokens=special).ids)
+
+    return Tokenizer(encode, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)))
+
+
+@contextmanager
+def _errors_of(library: str, path: Path) -> Iterator[None]:
+    """Errors of a library that reads `path` as ours; a panic of Rust's is a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadInputError(f"{path}: {library} cannot work with it: {brief(str(error))}") from error
 
 
 def _from_model(folder: Path) -> Tokenizer:
@@ -72,7 +140,7 @@ def _from_model(folder: Path) -> Tokenizer:
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise BadInputError(f"{path}: sentencepiece cannot read it: {error}") from error
+        raise BadInputError(f"{path}: sentencepiece cannot read it: {brief(str(error))}") from error
     config = read_json_object(folder / "tokenizer_config.json") or {}
     added = {text: token_id for token_id, text, _ in spm.added_tokens(folder, config)}
     added |= {pieces.id_to_piece(i): i for i in range(pieces.vocab_size()) if pieces.is_control(i)}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sq_stream.errors import BadInputError
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import read_input, storage_errors
+from sq_stream.formats.strict_json import parse_object
+
+MAX_BYTES = 2**26
+"""Of a file: the tokenizer.json of 262,144 tokens has some 2**25."""
+MAX_VALUES = 2**22
+"""In a JSON file: that tokenizer.json has some 2**21."""
 
 
 def read_text(path: Path) -> str | None:
@@ -18,9 +23,9 @@ def read_text(path: Path) -> str | None:
         StorageError: the file cannot be read.
     """
     with storage_errors("reading", path):
-        data = path.read_bytes() if path.exists() else None
-    if data is None:
-        return None
+        if not path.exists():
+            return None
+    data = read_input(path, MAX_BYTES)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -36,16 +41,10 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None when there is no such file.
 
     Raises:
-        BadInputError: the file does not hold one JSON object.
+        BadInputError: the file does not hold one JSON object, or an absurd one.
         StorageError: the file cannot be read.
     """
     text = read_text(path)
     if text is None:
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadInputError(f"{path}: holds a JSON {type(value).__name__}, not an object")
-    return value
+    return parse_object(text.encode(), path, most_values=MAX_VALUES)

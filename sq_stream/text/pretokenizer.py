@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sq_stream.errors import UnsupportedModelError, UsageError
+from sq_stream.formats.strict_json import shown
 from sq_stream.text.tokenizer_json import BpeTokenizer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -104,7 +105,7 @@ def differences(tokenizer: BpeTokenizer) -> list[str]:
     if special := [token.content for token in tokenizer.added if not token.plain]:
         found.append(
             f"llama.cpp leaves the spaces around added tokens, and finds them within words; not so here: "
-            f"{', '.join(special[:5])}{' …' if len(special) > 5 else ''}"
+            f"{', '.join(map(shown, special[:5]))}{' …' if len(special) > 5 else ''}"
         )
     if tokenizer.normalizers:
         found.append("llama.cpp does not compose characters (NFC): decomposed text gets other ids than in training")

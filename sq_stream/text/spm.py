@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from sq_stream.errors import BadInputError, StorageError, UnsupportedModelError
+from sq_stream.formats.storage import only_regular, read_input
+from sq_stream.formats.strict_json import brief, shown
 from sq_stream.text.bpe import token_table
-from sq_stream.text.files import read_json_object
+from sq_stream.text.files import MAX_BYTES, read_json_object
 from sq_stream.text.spm_proto import BPE, SentencePieceModel, parse_model
 from sq_stream.text.tokenizer_json import BpeTokenizer, check_ids, declared_tokens
 from sq_stream.text.tokens import TokenTable, TokenType, added_token_type, written
@@ -61,9 +64,9 @@ def read_model(folder: Path, tokenizer_config: Mapping[str, Any], n_vocab: int) 
         if token_id < n_vocab:
             table.put(token_id, written(text, token_type), token_type, _ADDED_SCORE)
         else:
-            ignored.append(f"{text} ({token_id})")
+            ignored.append(f"{shown(text)} ({token_id})")
     if ignored:
-        notes.append(f"added tokens without an embedding are left out: {', '.join(ignored)}")
+        notes.append(f"added tokens without an embedding are left out: {', '.join(ignored[:20])}")
     if TokenType.BYTE not in model.types:
         notes.append("no byte tokens: llama.cpp stops at characters that are not in the vocabulary")
     if model.normalizes:
@@ -77,7 +80,7 @@ def read_model(folder: Path, tokenizer_config: Mapping[str, Any], n_vocab: int) 
 def is_model_file(path: Path) -> bool:
     """Whether there is a file `path`, and it is not one of the rank tables of tiktoken that go by the same name."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=only_regular) as file:
             start = file.read(64)
     except FileNotFoundError:
         return False
@@ -95,14 +98,12 @@ def open_model(path: Path) -> SentencePieceModel:
         StorageError: the file cannot be read.
     """
     try:
-        model = parse_model(path.read_bytes())
-        known = all(kind in list(TokenType) for kind in set(model.types))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+        model = parse_model(read_input(path, MAX_BYTES))
+        known = all(kind in list(TokenType) for kind in set(model.types)) and all(map(isfinite, model.scores))
     except ValueError as error:
         raise BadInputError(f"{path}: not a SentencePiece model ({error}): download it again") from error
     if not known:
-        raise BadInputError(f"{path}: pieces of unknown types: download it again")
+        raise BadInputError(f"{path}: pieces of unknown types or scores: download it again")
     if model.model_type != BPE:
         raise UnsupportedModelError(
             f"{path}: a SentencePiece model of type {model.model_type}; llama.cpp's needs BPE (type {BPE})"
@@ -157,7 +158,7 @@ def _scores(tokenizer: BpeTokenizer) -> dict[str, float]:
         text = left + right
         if text != last and text in scores:
             raise UnsupportedModelError(
-                f"tokenizer.json: the merges that make {text!r} do not stand together, {refusal}"
+                f"tokenizer.json: the merges that make {brief(text)} do not stand together, {refusal}"
             )
         scores.setdefault(text, -float(len(scores)))
         last = text
@@ -188,7 +189,7 @@ def _adds_space(tokenizer: BpeTokenizer) -> bool:
             adds = step.get("prepend_scheme") in ("first", "always")
         elif not (kind in ("Replace", "Split") and pattern == {"String": " "}):
             raise UnsupportedModelError(
-                f"tokenizer.json: {kind} before byte-fallback BPE, which llama.cpp's SentencePiece tokenizer does not "
-                "have; a folder with tokenizer.model is needed"
+                f"tokenizer.json: {shown(str(kind)[:100])} before byte-fallback BPE, which llama.cpp's SentencePiece "
+                "tokenizer does not have; a folder with tokenizer.model is needed"
             )
     return adds

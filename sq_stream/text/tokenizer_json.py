@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sq_stream.errors import BadInputError, UnsupportedModelError
+from sq_stream.formats.strict_json import brief, shown
 
 _WHERE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_TOKEN = 2**11
+"""Characters of a token: what is asked of all its parts takes time by the square of that."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ def parse_bpe(definition: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
         raise BadInputError(f"{_WHERE}: no `model` object: is it a file of the `tokenizers` library?")
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
-        raise UnsupportedModelError(f"{_WHERE}: a {kind} tokenizer; supported: byte-level BPE and SentencePiece BPE")
+        raise UnsupportedModelError(
+            f"{_WHERE}: a {shown(str(kind)[:100])} tokenizer; supported: byte-level BPE and SentencePiece BPE"
+        )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UnsupportedModelError(f"{_WHERE}: {key} {model[key]!r}: llama.cpp's BPE has none")
+            raise UnsupportedModelError(f"{_WHERE}: {key} {brief(model[key])}: llama.cpp's BPE has none")
     vocab = model.get("vocab")
     if not isinstance(vocab, Mapping) or not vocab:
         raise BadInputError(f"{_WHERE}: its vocabulary is no map from token to id")
@@ -70,19 +75,21 @@ def parse_bpe(definition: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 
 
 def check_ids(vocab: Mapping[str, Any], where: str) -> None:
-    """Refuse a vocabulary whose ids are not distinct numbers from 0.
+    """Refuse a vocabulary whose ids are not distinct numbers from 0, or that has absurdly long tokens.
 
     Raises:
         BadInputError: an id is not a number, is negative, or is given twice.
     """
+    if any(len(token) > MAX_TOKEN for token in vocab):
+        raise BadInputError(f"{where}: a token has {max(map(len, vocab))} characters; at most {MAX_TOKEN} are read")
     if bad := next((item for item in vocab.items() if type(item[1]) is not int or item[1] < 0), None):
-        raise BadInputError(f"{where}: token {bad[0]!r} has id {bad[1]!r}, not a number from 0")
+        raise BadInputError(f"{where}: token {brief(bad[0])} has id {brief(bad[1])}, not a number from 0")
     if len(set(vocab.values())) == len(vocab):
         return
     owners: dict[int, str] = {}
     for token, token_id in vocab.items():
         if token_id in owners:
-            raise BadInputError(f"{where}: tokens {owners[token_id]!r} and {token!r} both have id {token_id}")
+            raise BadInputError(f"{where}: tokens {brief(owners[token_id])} and {brief(token)} both have id {token_id}")
         owners[token_id] = token
 
 
@@ -94,11 +101,13 @@ def _merges(vocab: Mapping[str, int], merges: Any) -> list[tuple[str, str]]:
     for i, merge in enumerate(merges):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise BadInputError(f"{_WHERE}: merge {i} is {merge!r}, not two tokens")
+            raise BadInputError(f"{_WHERE}: merge {i} is {brief(merge)}, not two tokens")
         left, right = parts
         if left not in vocab or right not in vocab or left + right not in vocab:
             missing = next(token for token in (left, right, left + right) if token not in vocab)
-            raise BadInputError(f"{_WHERE}: merge {i}, {merge!r}, needs the token {missing!r}, which does not exist")
+            raise BadInputError(
+                f"{_WHERE}: merge {i}, {brief(merge)}, needs the token {brief(missing)}, which does not exist"
+            )
         pairs.append((left, right))
     return pairs
 
@@ -115,7 +124,7 @@ def _all_added_tokens(vocab: Mapping[str, int], entries: Any, tokenizer_config: 
     for token in [*listed, *declared_tokens(tokenizer_config)]:
         known = found[token.content].id if token.content in found else vocab.get(token.content, token.id)
         if known != token.id:
-            raise BadInputError(f"{_WHERE}: token {token.content!r} has two ids, {known} and {token.id}")
+            raise BadInputError(f"{_WHERE}: token {brief(token.content)} has two ids, {known} and {token.id}")
         found[token.content] = token
     for content in _named_special(tokenizer_config):
         if content not in found and content in vocab:
@@ -123,7 +132,7 @@ def _all_added_tokens(vocab: Mapping[str, int], entries: Any, tokenizer_config: 
     owners = {token_id: text for text, token_id in vocab.items()} if found else {}
     for token in found.values():
         if (owner := owners.setdefault(token.id, token.content)) != token.content:
-            raise BadInputError(f"{_WHERE}: tokens {owner!r} and {token.content!r} both have id {token.id}")
+            raise BadInputError(f"{_WHERE}: tokens {brief(owner)} and {brief(token.content)} both have id {token.id}")
     return list(found.values())
 
 
@@ -136,13 +145,18 @@ def declared_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
     decoder = tokenizer_config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, Mapping):
         raise BadInputError(f"{_CONFIG}: added_tokens_decoder is not an object")
-    return [_added_token(_CONFIG, int(key) if key.isdecimal() else key, entry) for key, entry in decoder.items()]
+    return [
+        _added_token(_CONFIG, int(key) if key.isdecimal() and len(key) < 20 else key, entry)
+        for key, entry in decoder.items()
+    ]
 
 
 def _added_token(where: str, token_id: Any, entry: Any) -> AddedToken:
     content = entry.get("content") if isinstance(entry, Mapping) else None
     if not isinstance(content, str) or not content or type(token_id) is not int or token_id < 0:
-        raise BadInputError(f"{where}: added token {entry!r} with id {token_id!r}: needs a text and an id from 0")
+        raise BadInputError(
+            f"{where}: added token {brief(entry)} with id {brief(token_id)}: needs a text and an id from 0"
+        )
     special = bool(entry.get("special"))
     plain = not any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word"))
     return AddedToken(token_id, content, special, bool(entry.get("normalized", not special)), plain)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from sq_stream.errors import BadInputError
+from sq_stream.formats.strict_json import brief
 
 
 class TokenType(IntEnum):
@@ -52,7 +53,7 @@ class TokenTable:
             return
         first, text = next((i, text) for i, text in enumerate(self.texts) if ids[text] != i)
         raise BadInputError(
-            f"{where}: tokens {first} and {ids[text]} both read {text!r}; llama.cpp needs distinct tokens: "
+            f"{where}: tokens {first} and {ids[text]} both read {brief(text)}; llama.cpp needs distinct tokens: "
             "remove or rename one of them"
         )
 
