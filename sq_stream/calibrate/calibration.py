@@ -195,6 +195,7 @@ def plan_calibration(
     max_ram: int,
     threads: int,
     energy: float = 1.0,
+    vocabulary_bytes: int = 0,
     afterwards: Callable[[Mapping[int, int]], int] = lambda ranks: 0,
 ) -> Calibration:
     """The most accurate statistics of every linear of a model on a text that memory allows.
@@ -210,6 +211,7 @@ def plan_calibration(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
         energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
+        vocabulary_bytes: size of the tokenizer's files, whose vocabulary is in memory.
         afterwards: from `Calibration.ranks` to the resident bytes, at the peak, of what is done with such sketches.
 
     Raises:
@@ -226,6 +228,7 @@ def plan_calibration(
         max_ram=max_ram,
         threads=threads,
         energy=energy,
+        vocabulary_bytes=vocabulary_bytes,
         afterwards=afterwards,
     )
 
@@ -242,6 +245,7 @@ def plan_pass(
     energy: float,
     afterwards: Callable[[Mapping[int, int]], int],
     settings: Mapping[str, Any] | None = None,
+    vocabulary_bytes: int = 0,
 ) -> Pass:
     """See `plan_calibration`; for any `kind` of pass, with `settings` that its results depend on besides."""
     reader = LayerReader(spec, checkpoint)
@@ -261,6 +265,7 @@ def plan_pass(
                 threads=threads,
                 n_input=kind.n_input,
                 n_stored=kind.n_stored(decoder),
+                vocabulary_bytes=vocabulary_bytes,
             )
         )
         budget = next((way for way in ways if way.peak_ram <= max_ram), None)

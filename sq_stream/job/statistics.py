@@ -20,7 +20,7 @@ from sq_stream.formats.storage import storage_errors
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
 from sq_stream.text.encode import Tokenizer
-from sq_stream.text.vocabulary import Vocabulary
+from sq_stream.text.vocabulary import Vocabulary, tokenizer_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,7 @@ def find_statistics(
         Store(settings.cache),
         max_ram=settings.max_ram,
         threads=settings.threads,
+        vocabulary_bytes=tokenizer_bytes(settings.model_dir),
         afterwards=afterwards,
     )
     return Statistics(calibration, None, corpus.digests, corpus.notes, corpus.coverage)
