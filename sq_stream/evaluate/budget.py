@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sq_stream.calibrate.budget import (
-    BLAS_BYTES,
     BYTES_PER_VOCABULARY_BYTE,
     MIB,
     Layer,
@@ -29,6 +28,8 @@ BYTES_PER_ENCODED_WEIGHT = 20
 """Of the rows that are encoded together, where a baseline is made in memory."""
 BYTES_PER_SCORE = 64
 """Of one position of one model: the sums of a comparison and what scores are made of."""
+BLAS_BYTES = 12 * MIB
+"""Packed panels that BLAS keeps for each thread at the output matrix."""
 MOST_TOKENS = 4096
 """Rows of the output matrix in a tile."""
 
