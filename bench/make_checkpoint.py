@@ -1,9 +1,12 @@
 """Write a checkpoint with the shapes and names of a published model and random BF16 weights.
 
-    python bench/make_checkpoint.py qwen3.5-0.8b FOLDER [--layers N] [--tokenizer FOLDER] [--shard-size 1G]
+    python bench/make_checkpoint.py qwen3.5-0.8b FOLDER [--layers N] [--vocab N] [--tokenizer FOLDER] [--shard-size 1G]
 
 Shards are written as they are drawn: memory stays under 300 MB whatever the size. `--layers` makes a model of fewer
-layers. `--tokenizer` copies the tokenizer files of another checkpoint; without one, the checkpoint has none.
+layers. `--tokenizer` copies the tokenizer files of another checkpoint; without one, the checkpoint has none; `--vocab`
+makes the vocabulary fit it: one layer of 8 billion weights' model, with the tokenizer of the packaged one, is made by
+
+    python bench/make_checkpoint.py llama-3.1-8b FOLDER --layers 1 --vocab 4096 --tokenizer sq_stream/demo/model
 """
 
 from __future__ import annotations
@@ -94,11 +97,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(shape: str, n_layer: int | None = None) -> dict[str, Any]:
-    """config.json of a shape, with `n_layer` layers if given."""
+def make_config(shape: str, n_layer: int | None = None, n_vocab: int | None = None) -> dict[str, Any]:
+    """config.json of a shape, with `n_layer` layers and `n_vocab` tokens if given."""
     config = json.loads(json.dumps(CONFIGS[shape]))
     text = config.get("text_config", config)
     text["num_hidden_layers"] = n_layer or text["num_hidden_layers"]
+    text["vocab_size"] = n_vocab or text["vocab_size"]
     return config
 
 
@@ -224,10 +228,13 @@ def _weights(random: np.random.Generator, n: int, shape: tuple[int, ...]) -> byt
 @click.argument("shape", type=click.Choice(list(CONFIGS)))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(min=1), help="Make this many layers instead of the model's own number.")
+@click.option("--vocab", type=click.IntRange(min=1), help="Tokens of the vocabulary, likewise.")
 @click.option("--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Copy its tokenizer.")
 @click.option("--shard-size", default="1G", show_default=True, help="Largest shard, unless one tensor is larger.")
-def main(shape: str, folder: Path, layers: int | None, tokenizer: Path | None, shard_size: str) -> None:
-    n_bytes = write_checkpoint(folder, make_config(shape, layers), parse_size(shard_size))
+def main(
+    shape: str, folder: Path, layers: int | None, vocab: int | None, tokenizer: Path | None, shard_size: str
+) -> None:
+    n_bytes = write_checkpoint(folder, make_config(shape, layers, vocab), parse_size(shard_size))
     if tokenizer is not None:
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
             if (tokenizer / name).exists():

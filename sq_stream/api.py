@@ -15,7 +15,6 @@ from sq_stream.calibrate.imatrix import export_imatrix
 from sq_stream.errors import BadInputError, UsageError
 from sq_stream.evaluate.results import Evaluation
 from sq_stream.events import Finished, Note, OnEvent, ignore
-from sq_stream.job.budget import verify_tile
 from sq_stream.job.plan import Plan, check_place, make_plan
 from sq_stream.job.record import Record
 from sq_stream.job.run import run
@@ -174,7 +173,7 @@ def verify(
     return verify_file(
         _existing(path),
         None if against is None else Path(against),
-        tile_weights=verify_tile(bytes_),
+        max_ram=bytes_,
         on_event=on_event,
     )
 

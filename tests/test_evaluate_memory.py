@@ -1,6 +1,6 @@
-"""Peak memory of an evaluation against its plan.
+"""Peak memory of an evaluation of real models against its plan.
 
-SQ_REFERENCE_MODEL names checkpoint folders for the slow tests (several: separated by the system's path separator).
+SQ_REFERENCE_MODEL names checkpoint folders (several: separated by the system's path separator).
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import pytest
 from oracles.peak import run_measured
 
 from sq_stream import api
-from sq_stream.demo import model_folder
 
 MODELS = [Path(part) for part in os.environ.get("SQ_REFERENCE_MODEL", "").split(os.pathsep) if part]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not MODELS, reason="SQ_REFERENCE_MODEL names no checkpoint folder"),
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it"),
+]
 
 
 def evaluate(model: Path, tmp_path: Path, *options: str) -> tuple[int, int]:
@@ -32,14 +35,6 @@ def evaluate(model: Path, tmp_path: Path, *options: str) -> tuple[int, int]:
     return run.peak_bytes, found["planned_ram"]
 
 
-@pytest.mark.parametrize("baseline", [(), ("--baseline", "rtn")], ids=["", "rtn"])
-def test_a_small_model_keeps_to_its_plan(baseline: tuple[str, ...], tmp_path: Path) -> None:
-    peak, planned = evaluate(model_folder(), tmp_path, "--windows", "8", *baseline)
-    assert peak <= planned, f"peak of {peak / 2**20:.1f} MiB, {planned / 2**20:.1f} MiB planned"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not MODELS, reason="SQ_REFERENCE_MODEL names no checkpoint folder")
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("max_ram", ["520M", "700M", "2G"])
 def test_a_real_model_keeps_to_its_plan(

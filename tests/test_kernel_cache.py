@@ -152,7 +152,7 @@ def test_a_finished_job_remembers_its_kernels(tmp_path: Path, monkeypatch: pytes
     seen: list[set[str]] = []
     monkeypatch.setattr("sq_stream.job.run.mark_kept", seen.append)
     api.quantize(model_folder(), tmp_path / "x.gguf", effort="fast", recipe="q8_0")
-    assert seen == [{"Q8_0"}]
+    assert seen == [{"Q8_0", "Q8_0-decoded"}]
 
 
 def test_the_user_is_told_that_kernels_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

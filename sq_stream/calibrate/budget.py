@@ -21,10 +21,12 @@ MIB = 2**20
 
 BATCH_TOKENS = 2048
 """Tokens of the windows that are computed together: fixed, so that results depend neither on threads nor memory."""
-FIXED_BYTES = 144 * MIB
-"""Resident bytes before anything of the model: interpreter, NumPy, tokenizers and what their allocators keep."""
-BLAS_BYTES = 12 * MIB
-"""Packed panels that BLAS keeps for each thread."""
+FIXED_BYTES = 92 * MIB
+"""Resident bytes before anything of the model: interpreter, NumPy, the packaged text and what its windows took."""
+BYTES_PER_VOCABULARY_BYTE = 12
+"""Resident bytes for one byte of the tokenizer's files: the vocabulary, and what allocators keep of reading it."""
+BLAS_BYTES = 4 * MIB
+"""Packed panels of each thread, beyond what freed memory takes in."""
 RANKS = (2048, 1024, 512, 256, 128)
 """Of the sketches of sites whose exact second moment does not fit."""
 
@@ -129,6 +131,7 @@ def budgets(
     threads: int,
     n_input: int = 1,
     n_stored: int = 2,
+    vocabulary_bytes: int = 0,
 ) -> Iterator[Budget]:
     """All ways to run with sketches of these ranks, the fastest first.
 
@@ -140,7 +143,9 @@ def budgets(
         threads: at most.
         n_input: arrays of the residual stream's shape that a layer is computed from.
         n_stored: such arrays of all windows that are on disk together, at most.
+        vocabulary_bytes: size of the tokenizer's files.
     """
+    fixed = FIXED_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
     n_windows, n_ctx = windows
     batch_tokens = n_ctx * windows_per_batch(n_ctx)
     peak_disk = n_stored * 4 * n_windows * n_ctx * n_embd + sum(
@@ -148,7 +153,7 @@ def budgets(
     )
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
-            peak_ram = _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd, n_input)
+            peak_ram = fixed + _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd, n_input)
             yield Budget(n_threads, resident, ranks, peak_ram, peak_disk)
 
 
@@ -177,7 +182,7 @@ def _peak(
     n_embd: int,
     n_input: int,
 ) -> int:
-    """Resident bytes at the peak of the worst layer."""
+    """Resident bytes of the worst layer at its peak."""
     chunk = 4 * batch_tokens * n_embd
     worst = 0
     for layer in layers:
@@ -188,7 +193,7 @@ def _peak(
         computing = computing_bytes(layer, chunk, resident, observing, n_input)
         finishing = sum(sorted(moment.finishing for moment in moments)[-threads:])
         worst = max(worst, weights + sums + max(threads * computing, finishing))
-    return FIXED_BYTES + worst
+    return worst
 
 
 def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0, n_input: int = 1) -> int:

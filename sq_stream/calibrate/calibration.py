@@ -200,6 +200,7 @@ def plan_calibration(
     max_ram: int,
     threads: int,
     energy: float = 1.0,
+    vocabulary_bytes: int = 0,
     afterwards: Callable[[Calibration], int] = lambda calibration: 0,
 ) -> Calibration:
     """The most accurate statistics of every linear of a model on a text that memory allows.
@@ -215,6 +216,7 @@ def plan_calibration(
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: at most.
         energy: share of a second moment's trace that its factor keeps; 1 keeps all of the matrix.
+        vocabulary_bytes: size of the tokenizer's files, whose vocabulary is in memory.
         afterwards: resident bytes, at the peak, of what is done with the sketches of a calibration.
 
     Raises:
@@ -231,6 +233,7 @@ def plan_calibration(
         max_ram=max_ram,
         threads=threads,
         energy=energy,
+        vocabulary_bytes=vocabulary_bytes,
         afterwards=afterwards,
     )
 
@@ -247,6 +250,7 @@ def plan_pass(
     energy: float,
     afterwards: Callable[[Calibration], int],
     settings: Mapping[str, Any] | None = None,
+    vocabulary_bytes: int = 0,
 ) -> Pass:
     """See `plan_calibration`; for any `kind` of pass, with `settings` that its results depend on besides."""
     reader = LayerReader(spec, checkpoint)
@@ -266,6 +270,7 @@ def plan_pass(
                 threads=threads,
                 n_input=kind.n_input,
                 n_stored=kind.n_stored(decoder),
+                vocabulary_bytes=vocabulary_bytes,
             )
         )
         budget = next((way for way in ways if way.peak_ram <= max_ram), None)

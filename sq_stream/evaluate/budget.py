@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sq_stream.calibrate.budget import BLAS_BYTES, MIB, Layer, computing_bytes, measure_layers, windows_per_batch
+from sq_stream.calibrate.budget import (
+    BYTES_PER_VOCABULARY_BYTE,
+    MIB,
+    Layer,
+    computing_bytes,
+    measure_layers,
+    windows_per_batch,
+)
 from sq_stream.calibrate.gguf_weights import CHUNK_WEIGHTS
 from sq_stream.errors import DoesNotFitError
 from sq_stream.evaluate.compare import SLICE, TILES_HELD
 from sq_stream.evaluate.models import Model
 from sq_stream.evaluate.suites import Suite
+from sq_stream.job.budget import PROGRAM_BYTES, compiling_bytes, decoder_uses
+from sq_stream.job.budget import kernel_uses as encoder_uses
 from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import TILE_WEIGHTS
 from sq_stream.units import format_size
 
-FIXED_BYTES = 200 * MIB
-"""Resident bytes before anything of a model: interpreter, NumPy, tokenizers, Numba while it compiles the decoders."""
-ENCODING_BYTES = 80 * MIB
-"""The same for the encoders, where a baseline is made in memory."""
-BYTES_PER_VOCABULARY_BYTE = 12
-"""Resident bytes for one byte of the tokenizer's files while vocabularies are compared."""
 BYTES_PER_ENCODED_WEIGHT = 20
-"""Of the rows that are encoded together."""
+"""Of the rows that are encoded together, where a baseline is made in memory."""
 BYTES_PER_SCORE = 64
 """Of one position of one model: the sums of a comparison and what scores are made of."""
+BLAS_BYTES = 12 * MIB
+"""Packed panels that BLAS keeps for each thread at the output matrix."""
 MOST_TOKENS = 4096
 """Rows of the output matrix in a tile."""
 
@@ -45,9 +50,16 @@ def vocabulary_tile(n_embd: int) -> int:
 
 
 def choose_budget(
-    models: Sequence[Model], suites: Sequence[Suite], *, vocabulary_bytes: int, before: int, threads: int, max_ram: int
+    models: Sequence[Model],
+    suites: Sequence[Suite],
+    *,
+    vocabulary_bytes: int,
+    before: int,
+    threads: int,
+    max_ram: int,
+    kept: Collection[str] = (),
 ) -> Budget:
-    """The fastest way to run that `max_ram` bytes allow.
+    """The fastest way to run that `max_ram` bytes allow, even if kernels must be compiled.
 
     Args:
         models: the reference first.
@@ -56,25 +68,36 @@ def choose_budget(
         before: peak resident bytes of what comes before, the calibration of a baseline.
         threads: at most.
         max_ram: bytes of resident memory that the process may use at its peak.
+        kept: those of `kernel_uses` whose kernels need not be compiled; they only lower the peak that is stated.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
-    ways = list(_ways(models, suites, vocabulary_bytes, before, threads))
-    for way in ways:
+    uses = kernel_uses(models)
+    fixed = PROGRAM_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
+    largest, likely = (
+        list(_ways(models, suites, fixed + compiling_bytes(missing), before, threads))
+        for missing in (uses, uses - set(kept))
+    )
+    for i, way in enumerate(largest):
         if way.peak_ram <= max_ram:
-            return way
-    smallest = min(way.peak_ram for way in ways)
+            return likely[i]
+    smallest = min(way.peak_ram for way in largest)
     raise DoesNotFitError(
         f"--max-ram {format_size(max_ram)} is too small for these models and texts: "
         f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
     )
 
 
-def _ways(
-    models: Sequence[Model], suites: Sequence[Suite], vocabulary_bytes: int, before: int, threads: int
-) -> Iterator[Budget]:
-    """All ways to run, the fastest first."""
+def kernel_uses(models: Sequence[Model]) -> set[str]:
+    """What kernels are used for, as `kernels.cache` remembers it."""
+    types = {block_type for model in models for block_type in (model.types or {}).values()}
+    rounded = {t for model in models if model.rounded is not None for t in (model.types or {}).values()}
+    return decoder_uses(types) | encoder_uses(rounded, shaped=False)
+
+
+def _ways(models: Sequence[Model], suites: Sequence[Suite], fixed: int, before: int, threads: int) -> Iterator[Budget]:
+    """All ways to run, the fastest first; `fixed` are the bytes that are there before anything of a model."""
     n_embd, n_models = models[0].reader.n_embd, len(models)
     n_tokens = sum(suite.windows.size for suite in suites)
     is_rounding = any(model.rounded is not None for model in models)
@@ -84,29 +107,25 @@ def _ways(
         for n_ctx in contexts
         for layer in set(measure_layers(models[0].decoder, models[0].reader, n_ctx))
     ]
-    fixed = (
-        FIXED_BYTES
-        + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
-        + BYTES_PER_SCORE * n_tokens * n_models
-        + (ENCODING_BYTES + BYTES_PER_ENCODED_WEIGHT * CHUNK_WEIGHTS if is_rounding else 0)
-    )
+    scores = BYTES_PER_SCORE * n_tokens * n_models
+    encoding = BYTES_PER_ENCODED_WEIGHT * CHUNK_WEIGHTS if is_rounding else 0
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
-            working = max(_layer_bytes(chunk, layer, n_threads, resident) for chunk, layer in layers)
+            working = max(_layer_bytes(chunk, layer, n_threads, resident, encoding) for chunk, layer in layers)
             working += 0 if resident else max(map(_kept_bytes, models))
             head = _head_bytes(models, max(chunk for chunk, _ in layers), n_threads)
             yield Budget(
                 n_threads,
                 resident,
-                peak_ram=max(before, fixed + max(working, head)),
+                peak_ram=max(before, fixed + scores + max(working, head)),
                 peak_disk=4 * n_tokens * n_embd * (n_models + 1),
             )
 
 
-def _layer_bytes(chunk: int, layer: Layer, threads: int, resident: bool) -> int:
-    """While a layer runs; `chunk` bytes are the residual stream of a batch."""
+def _layer_bytes(chunk: int, layer: Layer, threads: int, resident: bool, encoding: int) -> int:
+    """While a layer is read, `encoding` bytes being those of rounding, or runs; `chunk`: residual stream of a batch."""
     weights = 4 * (layer.weights if resident else layer.small_weights)
-    return weights + threads * computing_bytes(layer, chunk, resident)
+    return weights + max(encoding, threads * computing_bytes(layer, chunk, resident))
 
 
 def _head_bytes(models: Sequence[Model], chunk: int, threads: int) -> int:

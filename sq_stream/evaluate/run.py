@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -20,7 +20,7 @@ from sq_stream.calibrate.shingles import overlap, sample
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import is_linear
 from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError
-from sq_stream.evaluate.budget import FIXED_BYTES, Budget, choose_budget
+from sq_stream.evaluate.budget import Budget, choose_budget, kernel_uses
 from sq_stream.evaluate.models import Model, Reference, labels, open_model, open_reference, round_reference
 from sq_stream.evaluate.results import SCHEMA, Evaluation, Role
 from sq_stream.evaluate.settings import MADE, Settings
@@ -30,9 +30,12 @@ from sq_stream.evaluate.suites import Suite, make_suites
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.storage import open_locked, storage_errors, user_cache
 from sq_stream.job import settings as job_settings
+from sq_stream.job.budget import PROGRAM_BYTES
 from sq_stream.job.statistics import Statistics, find_statistics, gather
 from sq_stream.job.timeline import peak_ram
+from sq_stream.kernels.cache import kept_kernels, mark_kept
 from sq_stream.text.encode import ConfinedTokenizer
+from sq_stream.text.vocabulary import tokenizer_bytes
 from sq_stream.units import format_size
 
 Importance = dict[str, NDArray[np.float32]]
@@ -69,6 +72,7 @@ def run(settings: Settings, on_event: OnEvent = ignore) -> Evaluation:
             if statistics is not None:
                 importance |= _importance(statistics, settings, reference, on_event)
             scores = score(models, suites, folder, budget, on_event)
+        _remember_kernels(models)
         names = {role: [m.info.name for m in models if m.info.role == role] for role in ("candidate", "baseline")}
         results = (
             summarize(
@@ -155,7 +159,7 @@ def _statistics(settings: Settings, reference: Reference) -> Statistics | None:
     widths = {t.n_in for t in reference.spec.tensors if is_linear(t.name, t.shape)}
 
     def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
-        return FIXED_BYTES + max(Sketch.needed_bytes(n, calibration.ranks.get(n, n)) for n in widths)
+        return PROGRAM_BYTES + max(Sketch.needed_bytes(n, calibration.ranks.get(n, n)) for n in widths)
 
     job = job_settings.parse_settings(
         settings.ref,
@@ -189,11 +193,21 @@ def _budget(
     return choose_budget(
         models,
         suites,
-        vocabulary_bytes=sum(path.stat().st_size for path in settings.ref.glob("tokenizer.*")),
+        vocabulary_bytes=tokenizer_bytes(settings.ref),
         before=calibration.peak_ram if calibration else 0,
         threads=settings.threads,
         max_ram=settings.max_ram,
+        kept=kept_kernels(kernel_uses(models)),
     )
+
+
+def _remember_kernels(models: Sequence[Model]) -> None:
+    """Let the next plan know what need not be compiled again."""
+    from sq_stream.kernels.jit import cache_failure
+
+    if cache_failure() is None:
+        with suppress(OSError):
+            mark_kept(kernel_uses(models))
 
 
 @contextmanager

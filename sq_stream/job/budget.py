@@ -8,17 +8,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sq_stream.calibrate import budget as calibrate_budget
+from sq_stream.calibrate.budget import BYTES_PER_VOCABULARY_BYTE, MIB
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.pairing import Pairing
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.errors import DoesNotFitError
-from sq_stream.formats.blocks import BlockType
+from sq_stream.formats.blocks import BLOCK_TYPES, BlockType
 from sq_stream.parallel import SLAB
 from sq_stream.quantize.metric import DenseMetric, FactorMetric
 from sq_stream.units import format_size
 
-MIB = 2**20
 SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
 
 # Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba with kernels that it finds compiled.
@@ -34,12 +33,8 @@ KERNEL_BYTES = {
 }
 # The same for each type that tensors are shaped to.
 SHAPING_KERNEL_BYTES = 30 * MIB
-# And of all decoders, which read a file back.
-DECODER_BYTES = 40 * MIB
 # Packed panels that BLAS keeps for each thread where tensors are shaped.
 BLAS_BYTES = 6 * MIB
-# The part of a calibration's memory that the allocator keeps when tensors are shaped in the same process.
-RETAINED_SHARE = 1 / 3
 # Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
 # transformed (8), the encoded bytes (2, or 4 of rare types), and a truth value.
 BYTES_PER_WEIGHT = 11
@@ -48,10 +43,11 @@ BYTES_PER_SHAPED_WEIGHT = 20
 BYTES_PER_SHAPED_ROW = 8192
 # And where it is shaped in its turn: what is wanted instead of it.
 BYTES_PER_WEIGHT_IN_TURN = 8
+# Resident bytes for one weight that is read back and compared: blocks, values, and the source's before and after
+# transforms; and a truth value.
+BYTES_PER_CHECKED_WEIGHT = 17
 # A larger tile encodes no faster.
 MOST_TILE_WEIGHTS = 4 * MIB
-# Resident bytes for one byte of the tokenizer's files while the vocabulary is read.
-BYTES_PER_VOCABULARY_BYTE = 12
 
 # Weights encoded per second by one core of a 2025 server, rounded down (bench/encoders.py); only for the estimate.
 WEIGHTS_PER_SECOND = {
@@ -137,10 +133,8 @@ def encoding_needs(
         in_turn: shaped tensors make up for the errors of others (see `calibrate.paired`).
         kept: those of `kernel_uses` whose kernels need not be compiled.
     """
-    program = PROGRAM_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes
-    missing = kernel_uses((block_type for _, block_type in tensors), shaped=ranks is not None) - set(kept)
-    if missing:
-        program += COMPILER_BYTES + _kernel_bytes(missing)
+    uses = kernel_uses((block_type for _, block_type in tensors), shaped=ranks is not None)
+    program = PROGRAM_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes + compiling_bytes(uses - set(kept))
 
     def needs(shape: tuple[int, ...], block_type: BlockType) -> TensorNeeds:
         n_weights, n_in = math.prod(shape), shape[-1]
@@ -162,11 +156,17 @@ def kernel_uses(types: Iterable[BlockType], *, shaped: bool) -> set[str]:
     return {f"{t.name}-shaped" if shaped and t.name in SHAPED_TYPES else t.name for t in types if t.name != "F32"}
 
 
-def _kernel_bytes(uses: Collection[str]) -> int:
-    """Resident bytes of having compiled kernels."""
+def decoder_uses(types: Iterable[BlockType]) -> set[str]:
+    """The same where blocks of these types are decoded; those of other makers' types need no kernels."""
+    return {f"{t.name}-decoded" for t in types if t.name in BLOCK_TYPES and t.name != "F32"}
+
+
+def compiling_bytes(uses: Collection[str]) -> int:
+    """Resident bytes of compiling the kernels of `uses`, and of what Numba keeps of that."""
     types = {use.removesuffix("-shaped") for use in uses}
     encoders = sum(n_bytes for group, n_bytes in KERNEL_BYTES.items() if not types.isdisjoint(group))
-    return encoders + SHAPING_KERNEL_BYTES * sum(use.endswith("-shaped") for use in uses)
+    shaping = SHAPING_KERNEL_BYTES * sum(use.endswith("-shaped") for use in uses)
+    return COMPILER_BYTES + encoders + shaping if uses else 0
 
 
 def _metric_bytes(n_in: int, rank: int | None, threads: int) -> int:
@@ -212,8 +212,7 @@ def make_budget(
     tile = needs.largest_tile(max_ram)
     peak_ram, forward = likely.at(tile), 0.0
     if calibration:
-        retained = int(RETAINED_SHARE * max(0, calibration.peak_ram - calibrate_budget.FIXED_BYTES))
-        peak_ram = max(peak_ram + retained, calibration.peak_ram)
+        peak_ram = max(peak_ram, calibration.peak_ram)
         forward = n_weights * calibration.n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
         if pairing:
@@ -229,17 +228,24 @@ def make_budget(
     )
 
 
-def verify_tile(max_ram: int) -> int:
+def verify_tile(max_ram: int, *, header_bytes: int, widest: int) -> int:
     """Values to decode at a time so that reading a file back stays within `max_ram` bytes.
 
+    Args:
+        max_ram: bytes of resident memory that the process may use at its peak.
+        header_bytes: of the file, the vocabulary for the most part.
+        widest: values of its longest row.
+
     Raises:
-        DoesNotFitError: `max_ram` does not hold the program itself.
+        DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
     """
-    fixed = PROGRAM_BYTES + COMPILER_BYTES + DECODER_BYTES
-    tile = (max_ram - fixed) // BYTES_PER_WEIGHT
-    if tile <= 0:
+    fixed = PROGRAM_BYTES + COMPILER_BYTES + BYTES_PER_VOCABULARY_BYTE * header_bytes
+    tile, least = (max_ram - fixed) // BYTES_PER_CHECKED_WEIGHT, SLAB * widest
+    if tile < least:
+        smallest = fixed + BYTES_PER_CHECKED_WEIGHT * least
         raise DoesNotFitError(
-            f"--max-ram {format_size(max_ram)} is too small: the smallest that works is --max-ram {fixed // MIB + 1}M"
+            f"--max-ram {format_size(max_ram)} is too small for this file: "
+            f"the smallest that works is --max-ram {-(-smallest // MIB)}M"
         )
     return min(tile, MOST_TILE_WEIGHTS)
 

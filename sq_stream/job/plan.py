@@ -25,7 +25,7 @@ from sq_stream.kernels.cache import kept_kernels
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.quantize.recipe import RECIPES, choose_types, parse_override
-from sq_stream.text.vocabulary import read_vocabulary
+from sq_stream.text.vocabulary import read_vocabulary, tokenizer_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def make_plan(settings: Settings) -> Plan:
     needs = partial(
         encoding_needs,
         shapes,
-        vocabulary_bytes=sum(path.stat().st_size for path in settings.model_dir.glob("tokenizer.*")),
+        vocabulary_bytes=tokenizer_bytes(settings.model_dir),
         threads=settings.threads,
     )
     in_turn = settings.effort == "best"

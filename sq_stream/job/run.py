@@ -16,7 +16,7 @@ from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
 from sq_stream.formats.journal import Journal
-from sq_stream.job.budget import SHAPED_TYPES, kernel_uses
+from sq_stream.job.budget import SHAPED_TYPES, decoder_uses, kernel_uses
 from sq_stream.job.encode import Encoding, remove_streams
 from sq_stream.job.plan import Plan, check_output
 from sq_stream.job.record import Record, is_measured, measure, read_record, recording
@@ -142,7 +142,7 @@ def _remember_kernels(types: Sequence[BlockType], *, shaped: bool, on_event: OnE
     failure = cache_failure()
     if failure is None:
         with suppress(OSError):
-            mark_kept(kernel_uses(types, shaped=shaped))
+            mark_kept(kernel_uses(types, shaped=shaped) | decoder_uses(types))
     else:
         on_event(Note(f"compiled kernels could not be kept ({failure}): the next run compiles them again"))
 

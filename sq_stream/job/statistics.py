@@ -23,7 +23,7 @@ from sq_stream.formats.storage import read_input
 from sq_stream.job.settings import Settings
 from sq_stream.models.base import ModelSpec
 from sq_stream.text.encode import ConfinedTokenizer
-from sq_stream.text.vocabulary import Vocabulary
+from sq_stream.text.vocabulary import Vocabulary, tokenizer_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,7 @@ def find_statistics(
         Store(settings.cache),
         max_ram=settings.max_ram,
         threads=settings.threads,
+        vocabulary_bytes=tokenizer_bytes(settings.model_dir),
         afterwards=lambda calibration: afterwards(calibration, corpus.convergence),
     )
     return Statistics(calibration, None, corpus.convergence, corpus.digests, corpus.notes, corpus.coverage)

@@ -15,6 +15,7 @@ from sq_stream.errors import DoesNotFitError, VerificationError
 from sq_stream.events import OnEvent, Progress, StageStarted, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.job.budget import verify_tile
 from sq_stream.job.tiles import row_tiles
 from sq_stream.models import find
 from sq_stream.models.base import TensorMap
@@ -181,15 +182,18 @@ def _same_tensors(reader: GGUFReader, maps: Mapping[str, TensorMap]) -> None:
 
 
 def verify_file(
-    path: Path, against: Path | None = None, *, tile_weights: int, on_event: OnEvent = ignore
+    path: Path, against: Path | None = None, *, max_ram: int, on_event: OnEvent = ignore
 ) -> list[TensorCheck]:
     """Check a GGUF file by itself or, with `against`, compare its tensors with the checkpoint that it was made from.
 
     Raises:
         BadInputError: the structure of the file is wrong.
+        DoesNotFitError: `max_ram` bytes of resident memory are too few; the message names the smallest that works.
         VerificationError: as `check_tensors`.
     """
     with GGUFReader.open(path) as reader:
+        widest = max((tensor.shape[-1] for tensor in reader.tensors.values()), default=1)
+        tile_weights = verify_tile(max_ram, header_bytes=reader.data_offset, widest=widest)
         if against is None:
             return check_tensors(reader, tile_weights, on_event)
         with Checkpoint.open(against) as checkpoint:

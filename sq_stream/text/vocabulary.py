@@ -29,6 +29,11 @@ class Vocabulary:
     notes: tuple[str, ...] = ()  # what the user should know
 
 
+def tokenizer_bytes(folder: Path) -> int:
+    """Size of the tokenizer's files in the folder of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.glob("tokenizer.*"))
+
+
 def read_vocabulary(
     folder: Path, *, arch: str, n_vocab: int, pre: str | None = None, config: Mapping[str, Any] | None = None
 ) -> Vocabulary:

@@ -1,0 +1,135 @@
+"""`--max-ram` under the kernel's limit, the plan against what is measured, and the smallest that works.
+
+Kernels are compiled before, but for the tests that say so. SQ_MEMORY_MODELS names larger models and what they are to
+fit in, as 512M=FOLDER:1G=FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from oracles.peak import is_in_memory, run_limited, run_measured
+
+from sq_stream import api
+from sq_stream.demo import model_folder
+from sq_stream.units import parse_size
+
+MIB = 2**20
+MODEL = str(model_folder())
+MODELS = [part.split("=", 1) for part in os.environ.get("SQ_MEMORY_MODELS", "").split(os.pathsep) if part]
+OVER = 1.05  # of what is promised, at which the kernel kills
+WITHIN = 0.15  # of the measured peak lies the planned one
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited and read as Linux does it")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file; what kernels the commands need are compiled and known to be."""
+    folder = tmp_path_factory.mktemp("made")
+    api.quantize(MODEL, folder / "x.gguf", windows=4, cache=folder / "cache", threads=2)
+    api.quantize(MODEL, folder / "fast.gguf", effort="fast", threads=2)
+    api.evaluate(folder / "fast.gguf", MODEL, windows=1, baselines=["rtn"], cache=folder / "cache", threads=2)
+    return folder / "fast.gguf"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command and its options; as one more effort, say."""
+
+    command: str
+    options: tuple[str, ...] = ()
+
+
+CASES = [
+    Case("quantize", ("--effort", "fast")),
+    Case("quantize", ("--effort", "balanced", "--windows", "8")),
+    Case("eval", ("--windows", "8")),
+    Case("eval", ("--windows", "8", "--baseline", "rtn")),
+    Case("calibrate", ("--windows", "8")),
+    Case("verify", ("--against", MODEL)),
+]
+
+
+def command(case: Case, file: Path, folder: Path, max_ram: str) -> list[str]:
+    parts = {
+        "quantize": [MODEL, "-o", str(folder / "x.gguf")],
+        "eval": [str(file), "--ref", MODEL, "--json"],
+        "calibrate": [MODEL],
+        "verify": [str(file)],
+    }[case.command]
+    if case.command != "verify":
+        parts += ["--threads", "2", "--cache", str(folder / "cache")]
+    return [sys.executable, "-m", "sq_stream", case.command, *parts, *case.options, "--max-ram", max_ram]
+
+
+def planned_peak(command: list[str]) -> int:
+    """What quantize plans."""
+    plan = [*command[:3], "plan", *command[4:], "--json"]
+    return int(json.loads(subprocess.run(plan, capture_output=True, check=True).stdout)["peak_ram"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join((case.command, *case.options[::-1][:1])))
+def test_the_smallest_that_is_named_works_under_the_limit_of_the_kernel(case: Case, file: Path, tmp_path: Path) -> None:
+    refused = subprocess.run(command(case, file, tmp_path, "1M"), capture_output=True, text=True, check=False)
+    named = re.search(r"the smallest that works is --max-ram (\d+)M$", refused.stderr, re.MULTILINE)
+    assert refused.returncode == 5, refused.stderr
+    assert named, refused.stderr
+    promised = int(named[1]) * MIB
+
+    limited = command(case, file, tmp_path, f"{named[1]}M")
+    run = run_measured(limited) if is_in_memory(tmp_path) else run_limited(limited, int(OVER * promised))
+    assert run.exit_code == 0, run.log or f"killed at {OVER} times {named[1]} MiB"
+    assert run.peak_bytes <= promised, f"peak of {run.peak_bytes / MIB:.1f} MiB, {named[1]} MiB promised"
+
+
+@pytest.mark.parametrize("is_compiled", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept", "compiled"])
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: " ".join((case.command, *case.options[::-1][:1])))
+def test_the_plan_is_near_what_is_measured(
+    case: Case, is_compiled: bool, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_compiled:
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    asked = command(case, file, tmp_path, "4G")
+    planned = planned_peak(asked) if case.command == "quantize" else 0
+    run = run_measured(asked)
+    assert run.exit_code == 0, run.log
+    planned = planned or json.loads(run.log[run.log.index("\n{\n") :])["planned_ram"]
+    found = f"peak of {run.peak_bytes / MIB:.1f} MiB, {planned / MIB:.1f} MiB planned"
+    assert run.peak_bytes <= planned <= (1 + WITHIN) * run.peak_bytes, found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODELS, reason="SQ_MEMORY_MODELS names no SIZE=FOLDER")
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize(("max_ram", "model"), MODELS)
+def test_a_larger_model_under_the_limit_of_the_kernel(max_ram: str, model: str, effort: str, tmp_path: Path) -> None:
+    """One layer encoded, for time: memory does not grow with their number."""
+    output, cache = tmp_path / "x.gguf", ["--cache", str(tmp_path)]
+    options = [*cache, "--windows", "4", "--max-ram", max_ram]
+    types = ["--tensor-type", r"^(token_embd|output)\.|blk\.([1-9]|\d\d)\.=bf16"]
+    program, limit = [sys.executable, "-m", "sq_stream"], int(OVER * parse_size(max_ram))
+    for part in (["quantize", model, "-o", output, "--effort", effort, *types], ["eval", output, "--ref", model]):
+        run = run_limited([*program, *map(str, part), *options], limit)
+        assert run.exit_code == 0, run.log or f"killed at {OVER} times {max_ram}"
+        assert run.peak_bytes <= parse_size(max_ram), f"{part[0]}: peak of {run.peak_bytes / MIB:.1f} MiB"
+        print(f"{part[0]}: peak of {run.peak_bytes / MIB:.1f} MiB")
+
+
+def test_the_limit_of_the_kernel_is_one() -> None:
+    """What takes more than it may is killed, so that the other tests can fail."""
+    run = run_limited([sys.executable, "-c", "x = bytearray(b'1') * 2**28"], 2**27)
+    assert run.exit_code == (-9 if run.limited_by_kernel else 0)
+
+
+def test_reading_headers_needs_no_budget(file: Path) -> None:
+    run = run_measured([sys.executable, "-m", "sq_stream", "inspect", str(file)])
+    assert run.exit_code == 0, run.log
+    assert run.peak_bytes <= 64 * MIB
