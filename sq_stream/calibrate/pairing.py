@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.calibrate.budget import FIXED_BYTES, Layer, computing_bytes, windows_per_batch
+from sq_stream.calibrate.budget import Layer, computing_bytes, windows_per_batch
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.moments import CrossMoment, ExactMoment
 from sq_stream.calibrate.regression import needed_bytes
@@ -27,7 +27,7 @@ class Pairing:
     head: str | None  # the output matrix, without its `.weight`; None if it has no turn, being the token embedding
     threads: int
     resident: bool  # a layer's weights are in memory; else large matrices are read tile by tile
-    peak_ram: int
+    working_ram: int  # resident bytes at the peak, besides those of the program
     peak_disk: int
 
     @property
@@ -58,8 +58,8 @@ def pairings(calibration: Calibration, held: NDArray[np.int32], threads: int) ->
         head = None if is_tied or n_embd > widest else "output"
         for n_threads in range(threads, 0, -1):
             for resident in (True, False):
-                peak_ram = _peak(decoder, layers, branches, n_threads, resident, batch_tokens, n_embd)
-                yield Pairing(branches, held, head, n_threads, resident, peak_ram, peak_disk)
+                working_ram = _working_ram(decoder, layers, branches, n_threads, resident, batch_tokens, n_embd)
+                yield Pairing(branches, held, head, n_threads, resident, working_ram, peak_disk)
 
 
 def _own(decoder: Decoder, b: int, layer: Layer, widest: int) -> dict[Site, int]:
@@ -74,7 +74,7 @@ def _own(decoder: Decoder, b: int, layer: Layer, widest: int) -> dict[Site, int]
     }
 
 
-def _peak(
+def _working_ram(
     decoder: Decoder,
     layers: Sequence[Layer],
     branches: Sequence[Mapping[Site, int]],
@@ -83,7 +83,7 @@ def _peak(
     batch_tokens: int,
     n_embd: int,
 ) -> int:
-    """Resident bytes at the peak of the worst branch."""
+    """Resident bytes of the worst branch."""
     chunk, worst = 4 * batch_tokens * n_embd, 0
     known: set[object] = set()
     for b, sites in enumerate(branches):
@@ -103,4 +103,4 @@ def _peak(
             sums = moment.resident + 2 * cross.resident
             worst = max(worst, 2 * weights + sums + threads * computing, sums + moment.finishing)
             worst = max(worst, needed_bytes(n_out, width))
-    return FIXED_BYTES + worst
+    return worst

@@ -216,7 +216,7 @@ def make_budget(
         forward = n_weights * calibration.n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
         if pairing:
-            peak_ram = max(peak_ram, pairing.peak_ram)
+            peak_ram = max(peak_ram, likely.program + pairing.working_ram)
             forward += PAIRED_PASSES * n_weights * calibration.windows.size / MULTIPLICATIONS_PER_SECOND
     else:
         encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)

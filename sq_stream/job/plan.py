@@ -115,8 +115,8 @@ def make_plan(settings: Settings) -> Plan:
     def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
         """Bytes of what follows it."""
         ways = pairings(calibration, held, settings.threads) if in_turn else ()
-        encoding = needs(ranks=calibration.ranks, in_turn=in_turn).smallest
-        return max(encoding, min((way.peak_ram for way in ways), default=0))
+        encoding = needs(ranks=calibration.ranks, in_turn=in_turn)
+        return max(encoding.smallest, encoding.program + min((way.working_ram for way in ways), default=0))
 
     statistics = find_statistics(settings, checkpoint, spec, vocabulary, afterwards)
     general = general_entries(
@@ -128,14 +128,14 @@ def make_plan(settings: Settings) -> Plan:
     )
     calibration = statistics.calibration if statistics else None
     ranks = calibration.ranks if calibration else None
-    pairing = None
+    uses = kernel_uses((choice.block_type for choice in choices), shaped=ranks is not None)
+    encoding, pairing = needs(ranks=ranks, in_turn=in_turn), None
     if in_turn and statistics and calibration and statistics.convergence is not None:
         ways = pairings(calibration, statistics.convergence, settings.threads)
-        pairing = next(way for way in ways if way.peak_ram <= settings.max_ram)
-    uses = kernel_uses((choice.block_type for choice in choices), shaped=ranks is not None)
+        pairing = next(way for way in ways if encoding.program + way.working_ram <= settings.max_ram)
     budget = make_budget(
         shapes,
-        needs(ranks=ranks, in_turn=in_turn),
+        encoding,
         needs(ranks=ranks, in_turn=in_turn, kept=kept_kernels(uses)),
         file_bytes=layout.total_bytes,
         max_ram=settings.max_ram,
