@@ -145,7 +145,8 @@ class PairedPass:
         def pair(batch: int) -> tuple[Array, Array]:
             before, gap = self.quantized.stream.read(b, batch), self.reference.stream.read(b + 1, batch)
             x = entering(branch, before, ours, site)
-            size = np.sqrt(np.einsum("...i,...i->...", gap, gap).reshape(-1, 1) / gap.shape[-1])
+            mean_square = np.einsum("...i,...i->...", gap, gap).reshape(-1, 1) / gap.shape[-1]
+            size = np.sqrt(np.maximum(mean_square, np.finfo(np.float32).tiny))
             gap -= before
             gap = gap.reshape(len(x), -1)
             gap -= linear(x * columns, weight)

@@ -12,6 +12,7 @@ from sq_stream.calibrate.sketches import is_linear
 from sq_stream.calibrate.streamed import LostWorkError, Residuals, into_batches
 from sq_stream.calibrate.weights import LayerReader, zeros
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.job.budget import SHAPED_TYPES
 from sq_stream.job.encode import Encoding, streams_folder
 from sq_stream.job.plan import Plan
 from sq_stream.models.base import ModelSpec, TensorMap
@@ -82,7 +83,10 @@ class _Turns:
         for name in self._waiting(self._stage, site):
             tensor = self._tensors[name]
             encode = make_encoder(tensor.type, meeting.sketch, self._workers)
-            self._encoding.encode(tensor, encode, partial(meeting.wanted, workers=self._workers))
+            if tensor.type.name in SHAPED_TYPES:
+                self._encoding.encode(tensor, encode, partial(meeting.wanted, workers=self._workers))
+            else:
+                self._encoding.encode(tensor, encode)
 
     def _layer(self, i: int) -> Mapping[str, Any]:
         """Tensors of layer i as they are in the file; those that are not yet are zero."""
