@@ -22,6 +22,7 @@ from sq_stream.cli.options import (
     text_options,
     threads,
 )
+from sq_stream.errors import RESUMES
 
 EPILOG = """\b
 Exit codes:
@@ -55,7 +56,7 @@ def quantize(model_dir: Path, log_format: str, **options: Any) -> None:
     MODEL_DIR holds config.json, *.safetensors and a tokenizer. The file appears under its name only when it is
     complete and has been read back; an interrupted run is resumed by the same command.
     """
-    with Console(log_format) as console:
+    with Console(log_format, when_interrupted=RESUMES) as console:
         from sq_stream import api
 
         api.quantize(model_dir, on_event=console, **options)
@@ -155,7 +156,7 @@ def demo(output: Path | None, prompt: str, tokens: int, log_format: str) -> None
 @log_format
 def calibrate(model_dir: Path, log_format: str, **options: Any) -> None:
     """Gather the statistics of MODEL_DIR's linears that quantize uses, and keep them in the cache."""
-    with Console(log_format) as console:
+    with Console(log_format, when_interrupted=RESUMES) as console:
         from sq_stream import api
 
         api.calibrate(model_dir, on_event=console, **options)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import signal
 import sys
 import time
 from dataclasses import asdict
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import click
 
-from sq_stream.errors import InterruptedJobError, SqStreamError, StorageError
+from sq_stream.cli.interrupt import Interrupts
+from sq_stream.errors import RESTARTS, InterruptedJobError, SqStreamError, StorageError
 from sq_stream.events import Event, Finished, Note, Progress, StageStarted, TensorFinished
 from sq_stream.units import format_duration, format_size
 
@@ -24,7 +25,9 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 class Console:
     """Shows events, and turns the errors raised inside its `with` block into a message and an exit code."""
 
-    def __init__(self, log_format: str = "auto") -> None:
+    def __init__(self, log_format: str = "auto", *, when_interrupted: str = RESTARTS) -> None:
+        self._interruption = InterruptedJobError(when_interrupted)
+        self._interrupts = Interrupts(self._give_up)
         if log_format == "json":
             self._view: View = JsonView()
         elif log_format == "auto" and sys.stderr.isatty():
@@ -37,13 +40,14 @@ class Console:
         self._view.show(event)
 
     def __enter__(self) -> Console:
-        signal.signal(signal.SIGTERM, _interrupt)
+        self._interrupts.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._interrupts.__exit__()
         self._view.close()
         if isinstance(error, KeyboardInterrupt):
-            error = InterruptedJobError("interrupted")
+            error = self._interruption
         elif isinstance(error, BrokenPipeError):
             sys.stderr.close()  # the reader of our output has left: nothing to say, nobody to say it to
             raise click.exceptions.Exit(0) from error
@@ -53,10 +57,12 @@ class Console:
             self._view.fail(error)
             raise click.exceptions.Exit(error.exit_code) from error
 
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Let SIGTERM end a job in the same orderly way as SIGINT."""
-    raise KeyboardInterrupt
+    def _give_up(self) -> None:
+        """End the process here and now: nothing that is on disk depends on its end."""
+        self._view.close()
+        self._view.fail(self._interruption)
+        sys.stderr.flush()
+        os._exit(self._interruption.exit_code)
 
 
 class View:

@@ -7,7 +7,6 @@ accepted here is what llama.cpp opens.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from sq_stream.formats.gguf_layout import (
     padded,
 )
 from sq_stream.formats.metadata import Entry, ValueType
-from sq_stream.formats.storage import Closing, read_into, storage_errors
+from sq_stream.formats.storage import Closing, file_state, read_into, storage_errors
 from sq_stream.formats.strict_json import LFS_POINTER, refuse_lfs_pointer
 
 _MAX_VALUE_BYTES = 2**28  # of one metadata value; the largest vocabularies take some 2**23
@@ -53,7 +52,8 @@ class GGUFReader(Closing):
         with storage_errors("reading", path):
             self._file = open(path, "rb", buffering=2**20)  # noqa: SIM115 - closed by close()
             try:
-                self.file_bytes = os.fstat(self._file.fileno()).st_size
+                self._state = file_state(self._file.fileno())
+                self.file_bytes = self._state[0]
                 self._parse(_Cursor(self._file, path, self.file_bytes))
             except BaseException:
                 self.close()
@@ -74,7 +74,7 @@ class GGUFReader(Closing):
 
         Raises:
             BadInputError: no such tensor.
-            StorageError: reading fails.
+            StorageError: reading fails, or the file was changed since it was opened.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -82,7 +82,7 @@ class GGUFReader(Closing):
         if not 0 <= start <= stop <= tensor.n_rows:
             raise IndexError(f"rows {start} to {stop} of tensor {name!r}, which has {tensor.n_rows}")
         rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
-        read_into(self._file.fileno(), rows, tensor.offset + start * tensor.row_bytes, self.path)
+        read_into(self._file.fileno(), rows, tensor.offset + start * tensor.row_bytes, self.path, self._state)
         return rows
 
     def close(self) -> None:
