@@ -82,7 +82,8 @@ class History:
     def run(self, fault: Fault | None = None) -> Outcome:
         outcome = self.forge.run(self.whole.arguments, fault)
         assert not outcome.tensors & self.tensors, "a finished tensor was lost"
-        assert not any("anew" in note or "first layer" in note for note in outcome.notes()), "a finished layer was lost"
+        again = any("anew" in note or "first layer" in note for note in outcome.notes())
+        assert not (self.layers and again), "a finished layer was lost"
         started = {event["tensor"] for event in outcome.log if event["event"] == "progress"}
         assert not {f"layer {i} of 2" for i in range(1, self.layers + 1)} & started, "a finished layer was lost"
         self.tensors |= outcome.tensors

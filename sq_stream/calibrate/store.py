@@ -159,7 +159,12 @@ class Entry(Closing):
             _delete(self.pass_folder)
             for path in self.folder.glob("*.sketch"):
                 path.unlink()
-        return Journal.create(self.folder / JOURNAL, self._header)
+        try:
+            return Journal.create(self.folder / JOURNAL, self._header)
+        except BaseException:
+            with suppress(OSError):
+                (self.folder / JOURNAL).unlink()
+            raise
 
     @property
     def done(self) -> int:
