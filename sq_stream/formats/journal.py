@@ -84,8 +84,8 @@ class Journal(Closing):
         """
         self.close()
         with storage_errors("deleting", self.path):
-            self.path.unlink(missing_ok=True)
             partial_path(self.path).unlink(missing_ok=True)  # of a start over that was killed
+            self.path.unlink(missing_ok=True)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
