@@ -309,7 +309,9 @@ def report(folder: Path) -> str:
 
 def _serve(folder: Path) -> None:
     """Fork a run for each line of standard input, and print how it ended."""
-    from sq_stream.cli import cli
+    from sq_stream.cli import cli, console
+
+    console.JSON_INTERVAL = 0  # tests look at all progress
 
     def run(arguments: list[str], fault: Fault) -> int:
         for name in ("stderr", "calls"):
@@ -341,7 +343,8 @@ def _serve(folder: Path) -> None:
     output = os.dup(1)
     for number in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-    for arguments in (quantize_arguments(folder, report(folder)), eval_arguments(folder)):
+    whole = quantize_arguments(folder, report(folder))
+    for arguments in (whole, [*whole, "--effort=best", "--fresh", "--overwrite"], eval_arguments(folder)):
         try:
             cli(arguments)
         except SystemExit as end:

@@ -20,7 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import GROWS, READS, WRITES, Fault, Forge, Outcome, eval_arguments, quantize_arguments, report, write_text
+from faults import (
+    CALLS,
+    GROWS,
+    READS,
+    WRITES,
+    Fault,
+    Forge,
+    Outcome,
+    eval_arguments,
+    quantize_arguments,
+    report,
+    write_text,
+)
 
 from sq_stream.demo import model_folder
 from sq_stream.formats.journal import Journal, read_journal
@@ -38,9 +50,9 @@ def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
 class Whole:
     """A quantize job that nothing happened to."""
 
-    def __init__(self, forge: Forge) -> None:
+    def __init__(self, forge: Forge, *more: str) -> None:
         empty(forge.work)
-        self.arguments = quantize_arguments(forge.folder, report(forge.folder))
+        self.arguments = quantize_arguments(forge.folder, report(forge.folder), *more)
         self.outcome = forge.run(self.arguments)
         assert self.outcome.code == 0, self.outcome.message
         self.names = names(forge.work)
@@ -54,6 +66,17 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(forge: Forge) -> Whole:
     return Whole(forge)
+
+
+@pytest.fixture(scope="module")
+def best(forge: Forge) -> Whole:
+    return Whole(forge, "--effort=best")
+
+
+@pytest.fixture(params=["balanced", "best"])
+def job(request: pytest.FixtureRequest, whole: Whole) -> Whole:
+    """Of either effort."""
+    return whole if request.param == "balanced" else request.getfixturevalue("best")
 
 
 def empty(folder: Path) -> None:
@@ -77,18 +100,19 @@ class History:
         empty(forge.work)
         self.forge, self.whole = forge, whole
         self.tensors: set[str] = set()  # finished
-        self.layers = 0
+        self.layers = {"calibrate": 0, "encode": 0}  # finished by each pass, in `encode` that of the effort best
 
     def run(self, fault: Fault | None = None) -> Outcome:
         outcome = self.forge.run(self.whole.arguments, fault)
         assert not outcome.tensors & self.tensors, "a finished tensor was lost"
         again = any("anew" in note or "first layer" in note for note in outcome.notes())
-        assert not (self.layers and again), "a finished layer was lost"
-        started = {event["tensor"] for event in outcome.log if event["event"] == "progress"}
-        assert not {f"layer {i} of 2" for i in range(1, self.layers + 1)} & started, "a finished layer was lost"
+        assert not (any(self.layers.values()) and again), "a finished layer was lost"
         self.tensors |= outcome.tensors
-        layers = [int(match[1]) for name in started if (match := re.fullmatch(r"layer (\d) of 2", name))]
-        self.layers = max([self.layers, *(layer - 1 for layer in layers)])
+        for stage, n_finished in self.layers.items():
+            told = [e["tensor"] for e in outcome.log if e["event"] == "progress" and e["stage"] == stage]
+            started = [int(match[1]) for name in told if (match := re.fullmatch(r"layer (\d) of 2", name))]
+            assert all(layer > n_finished for layer in started), "a finished layer was lost"
+            self.layers[stage] = max([n_finished, *(layer - 1 for layer in started)])
         output = self.forge.work / "out.gguf"
         assert not output.exists() or output.read_bytes() == self.whole.bytes
         return outcome
@@ -127,26 +151,40 @@ def interrupted_at_random(forge: Forge, whole: Whole, runs: int, fault: Callable
     return codes
 
 
-@repeated(12, 240)
-def test_killed_at_any_call(forge: Forge, whole: Whole, runs: int) -> None:
-    n = whole.count(WRITES)
-    codes = interrupted_at_random(forge, whole, runs, lambda r: {"kind": "kill", "n": r.randint(1, n)})
+@repeated(6, 120)
+def test_killed_at_any_call(forge: Forge, job: Whole, runs: int) -> None:
+    n = job.count(WRITES)
+    codes = interrupted_at_random(forge, job, runs, lambda r: {"kind": "kill", "n": r.randint(1, n)})
     assert codes.count(-signal.SIGKILL) > runs / 3  # a resumed run may be over before
 
 
-@repeated(4, 120)
-def test_killed_at_any_time(forge: Forge, whole: Whole, runs: int) -> None:
-    codes = interrupted_at_random(forge, whole, runs, lambda r: {"after": r.uniform(0.0, 0.9)})
+@repeated(3, 60)
+def test_killed_at_any_time(forge: Forge, job: Whole, runs: int) -> None:
+    codes = interrupted_at_random(forge, job, runs, lambda r: {"after": r.uniform(0.0, 0.9)})
     assert -signal.SIGKILL in codes
 
 
-@repeated(10, 200)
-def test_a_power_cut_at_any_call(forge: Forge, whole: Whole, runs: int) -> None:
+@repeated(5, 100)
+def test_a_power_cut_at_any_call(forge: Forge, job: Whole, runs: int) -> None:
     """What was not synced is lost, or partly so: contents and names, each by itself."""
-    n = whole.count(WRITES)
+    n = job.count(WRITES)
     interrupted_at_random(
-        forge, whole, runs, lambda r: {"kind": "power", "n": r.randint(1, n), "seed": r.randint(0, 2**30)}
+        forge, job, runs, lambda r: {"kind": "power", "n": r.randint(1, n), "seed": r.randint(0, 2**30)}
     )
+
+
+@pytest.mark.parametrize("damage", [b"", None])
+def test_lost_streams_are_made_again(damage: bytes | None, forge: Forge, best: Whole) -> None:
+    """What lies between the branches of the effort best is damaged or gone: what is encoded is kept."""
+    history = History(forge, best)
+    journaled = [i for i, line in enumerate(best.outcome.calls) if ".streams" in line]
+    history.run({"kind": "kill", "calls": CALLS, "n": journaled[len(journaled) * 3 // 4]})
+    streams = list((forge.work / "out.gguf.streams").rglob("*.zst"))
+    assert streams
+    for path in streams:
+        path.unlink() if damage is None else path.write_bytes(damage)
+    history.layers["encode"] = 0
+    history.finish()
 
 
 @repeated(4, 100)
@@ -195,9 +233,9 @@ def test_a_call_that_fails(
         history.finish()
 
 
-def test_what_is_journaled_is_on_the_disk(whole: Whole) -> None:
+def test_what_is_journaled_is_on_the_disk(job: Whole) -> None:
     """Data is synced before the line that tells of it, that line before it is believed; a rename, with its folder."""
-    calls = [tuple(line.split(" ", 1)) for line in whole.outcome.calls]
+    calls = [tuple(line.split(" ", 1)) for line in job.outcome.calls]
     unsynced: set[str] = set()
     renamed: dict[str, str] = {}  # folder -> file
     journals = 0
@@ -219,7 +257,7 @@ def test_what_is_journaled_is_on_the_disk(whole: Whole) -> None:
             renamed[folder] = path
         if name in ("write", "pwrite", "unlink"):
             assert not renamed, f"{renamed} was renamed, and its folder not synced"
-    assert journals > len(whole.outcome.tensors)
+    assert journals > len(job.outcome.tensors)
 
 
 def test_two_runs_on_one_file(forge: Forge, whole: Whole) -> None:
