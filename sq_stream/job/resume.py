@@ -51,8 +51,11 @@ def open_job(plan: Plan, on_event: OnEvent) -> tuple[GGUFFile, Journal]:
 
 def was_finished(plan: Plan, on_event: OnEvent) -> bool:
     """Whether the output is there, whole, from a run that was killed before it could remove its journal; now it is."""
-    output, path = plan.settings.output, _journal_path(plan)
-    if plan.settings.fresh or partial_path(output).exists() or not (output.is_file() and path.is_file()):
+    output = plan.settings.output
+    if plan.settings.fresh or not output.is_file():
+        return False
+    path = _journal_path(plan)
+    if partial_path(output).exists() or not path.is_file():
         return False
     try:
         header, records, _ = read_journal(path)
