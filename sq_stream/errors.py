@@ -52,3 +52,10 @@ class InterruptedJobError(SqStreamError):
     """The job was stopped before its end, or another job holds its lock; the same command resumes it."""
 
     exit_code = 75
+
+
+RESUMES = "interrupted: what is finished is kept, and the same command goes on from there"
+"""What an interrupted job says that can be resumed."""
+
+RESTARTS = "interrupted: run the same command again, it starts over"
+"""What the others say."""

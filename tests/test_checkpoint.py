@@ -228,6 +228,14 @@ def test_reports_a_file_that_shrinks_while_open(single):
             checkpoint.read_rows("x", slice(None))
 
 
+def test_reports_a_file_that_changes_while_open(single):
+    with Checkpoint.open(single) as checkpoint:
+        checkpoint.read_rows("x", slice(None))
+        os.utime(single / "model.safetensors", ns=(1, 1))
+        with pytest.raises(StorageError, match=r"model.safetensors was changed while in use"):
+            checkpoint.read_rows("x", slice(None))
+
+
 def test_a_replaced_file_does_not_change_what_is_open(single):
     with Checkpoint.open(single) as checkpoint:
         (single / "model.safetensors").unlink()

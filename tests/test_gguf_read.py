@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from contextlib import suppress
 from typing import Any
@@ -213,6 +214,17 @@ def test_reports_a_file_that_cannot_be_opened(tmp_path):
         GGUFReader.open(tmp_path / "x.gguf")
     with pytest.raises(StorageError, match="is a folder"):
         GGUFReader.open(tmp_path)
+
+
+def test_only_a_growing_file_may_change_while_it_is_open(folder, sound):
+    path, name = folder / "changing.gguf", next(t.name for t in LAYOUT.tensors if t.n_rows)
+    path.write_bytes(sound)
+    with GGUFReader.open(path) as reader, GGUFReader.open(path, growing=True) as growing:
+        before = reader.read_rows(name, 0, 1)
+        os.utime(path, ns=(1, 1))
+        np.testing.assert_array_equal(growing.read_rows(name, 0, 1), before)
+        with pytest.raises(StorageError, match=r"changing.gguf was changed while in use"):
+            reader.read_rows(name, 0, 1)
 
 
 def test_large_vocabulary_survives(tmp_path):

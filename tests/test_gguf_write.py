@@ -272,9 +272,9 @@ def test_failing_commit_leaves_no_finished_file(tmp_path, monkeypatch, call):
     assert os.listdir(tmp_path) == ["x.gguf.partial"]
 
 
-def test_abandon_deletes_the_partial_file(tmp_path):
-    file = GGUFFile.create(tmp_path / "x.gguf", LAYOUT)
-    file.abandon()
+def test_a_file_that_was_never_started_leaves_nothing(tmp_path):
+    file = GGUFFile.open(tmp_path / "x.gguf", LAYOUT)
+    file.close()
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="is closed"):
         file.sync()

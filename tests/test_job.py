@@ -101,7 +101,7 @@ def test_another_job_in_the_way_is_refused_and_kept(whole: bytes, tmp_path: Path
     path = tmp_path / "out.gguf"
     with pytest.raises(Stop):
         quantize(MODEL, path, on_event=stop_after(5))
-    with pytest.raises(UsageError, match=r"another header, type: .*--fresh"):
+    with pytest.raises(UsageError, match=r"another type: .*--fresh"):
         quantize(MODEL, path, recipe="q6_k")
     quantize(MODEL, path)
     assert path.read_bytes() == whole

@@ -23,6 +23,7 @@ from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, DoesNotFitError, StorageError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.storage import is_missing
 from sq_stream.formats.strict_json import brief
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import Decoder, find_decoder
@@ -111,6 +112,8 @@ class Calibration:
                     raise BadInputError(f"{entry.folder} has statistics of {brief(site)}, not this model's")
                 return entry.load(site, (self.ranks.get(n, n), n))
             except (BadInputError, StorageError) as error:
+                if isinstance(error, StorageError) and not is_missing(error):
+                    raise
                 on_event(Note(f"{error}; calibrating anew"))
                 entry.discard()
                 entry = self._complete(on_event)

@@ -70,7 +70,7 @@ class PairedPass:
     tell: Callable[[str], None] = lambda what: None  # told what is going on
 
     def run_branch(self, b: int, sites: Mapping[Site, int], quantize: Callable[[Site, Meeting], None]) -> None:
-        """Meet at all sites of a branch, then go through it.
+        """Meet at all sites of a branch, then go through it; after this it need not be done again.
 
         Args:
             b: number of the branch.
@@ -92,6 +92,8 @@ class PairedPass:
                 inputs = partial(self._entering, b, site)
                 quantize(site, self._meet(f"blk.{b // 2}.{site[0]}", width, b // 2, inputs))
         self._advance(self.quantized, b)
+        self.reference.stream.sync()
+        self.quantized.stream.sync()
 
     def run_head(self, name: str, quantize: Callable[[Site, Meeting], None]) -> None:
         """Meet at the output matrix, behind all branches; otherwise as `run_branch`."""

@@ -18,7 +18,15 @@ from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sket
 from sq_stream.errors import BadInputError, SqStreamError
 from sq_stream.events import Note, OnEvent, ignore
 from sq_stream.formats.journal import Journal, read_journal
-from sq_stream.formats.storage import Closing, only_regular, open_locked, storage_errors, user_cache
+from sq_stream.formats.storage import (
+    Closing,
+    make_folder,
+    only_regular,
+    open_locked,
+    storage_errors,
+    sync,
+    user_cache,
+)
 from sq_stream.models.layers import Site
 
 JOURNAL = "journal"
@@ -101,8 +109,7 @@ class Store:
             StorageError: it cannot be read or made.
         """
         folder = self.folder / key_of(identity)
-        with storage_errors("making", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return Entry(folder, {"calibration": dict(identity), "about": dict(about), "steps": steps}, on_event)
 
     def list(self) -> list[Summary]:
@@ -163,6 +170,7 @@ class Entry(Closing):
         if journal.dropped:
             on_event(Note(f"{journal.path} was damaged at its end: {done} of {steps} steps are known to be done"))
         elif done == steps:
+            self.remove_pass()  # of a process that was killed at its end
             on_event(Note(f"calibration found in {self.folder}"))
         elif done:
             on_event(Note(f"resuming the calibration: {done} of {steps} steps are done"))
@@ -174,7 +182,12 @@ class Entry(Closing):
             _delete(self.pass_folder)
             for path in self.folder.glob("*.sketch"):
                 path.unlink()
-        return Journal.create(self.folder / JOURNAL, self._header)
+        try:
+            return Journal.create(self.folder / JOURNAL, self._header)
+        except BaseException:
+            with suppress(OSError):
+                (self.folder / JOURNAL).unlink()
+            raise
 
     @property
     def done(self) -> int:
@@ -192,7 +205,7 @@ class Entry(Closing):
         return _sites(self._journal)
 
     def finish_step(self, sketches: Mapping[Site, Factored]) -> None:
-        """Keep the sketches of a step; after this it is not computed again.
+        """Keep the sketches of a step, and what the next one is computed from; after this it is not computed again.
 
         Raises:
             StorageError: writing fails; the step is then unfinished.
@@ -202,15 +215,18 @@ class Entry(Closing):
             crc = write_sketch(self.folder / f"{site[0]}.sketch", factored)
             n_dead = int((factored.diagonal == 0).sum())
             records.append(asdict(FinishedSite(site, crc, factored.n_tokens, n_dead)))
+        for path in (*self.folder.glob(PASS), *self.pass_folder.rglob("*")):
+            sync(path)
         self._journal.append({"sites": records})
 
     def remove_pass(self) -> None:
         """Delete what lies between the layers: the pass is done.
 
         Raises:
-            StorageError: deleting fails.
+            StorageError: deleting or syncing fails.
         """
         _delete(self.pass_folder)
+        sync(self.folder)
 
     def load(self, site: Site, largest: tuple[int, int] | None = None) -> Sketch:
         """The sketch of a finished site; see `read_sketch`.

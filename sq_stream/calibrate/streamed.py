@@ -17,7 +17,7 @@ from sq_stream.calibrate.weights import LayerReader
 from sq_stream.errors import BadInputError, StorageError
 from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.formats.chunks import read_chunk, write_chunk
-from sq_stream.formats.storage import storage_errors
+from sq_stream.formats.storage import is_missing, make_folder, storage_errors, sync
 from sq_stream.models.forward import Decoder
 from sq_stream.models.layers import Array, Site
 from sq_stream.parallel import Workers
@@ -26,8 +26,8 @@ Add = Callable[[Site, Array], None]
 """Adds vectors [..., n] to the second moment of a site."""
 
 
-class LostWorkError(BadInputError):
-    """What an earlier run left on disk cannot be gone on with."""
+class LostWorkError(StorageError):
+    """What was left on disk between the layers is missing or damaged: it cannot be gone on with."""
 
 
 def into_batches(windows: NDArray[np.int32]) -> list[NDArray[np.int32]]:
@@ -42,19 +42,21 @@ class Stream:
     def __init__(self, folder: Path, batches: Sequence[NDArray[np.int32]], n_embd: int) -> None:
         self.batches = batches  # token ids [n_window, n_ctx] of each
         self._folder, self._n_embd = folder, n_embd
-        with storage_errors("making", folder):
-            folder.mkdir(exist_ok=True, parents=True)
+        make_folder(folder)
 
     def read(self, layer: int, batch: int) -> Array:
         """What enters `layer`: [n_window, n_ctx, n_embd].
 
         Raises:
             LostWorkError: it is missing or damaged.
+            StorageError: reading fails.
         """
         try:
             return read_chunk(self._path(layer, batch), np.float32, (*self.batches[batch].shape, self._n_embd))
-        except (BadInputError, StorageError) as error:
+        except BadInputError as error:
             raise LostWorkError(str(error)) from error
+        except StorageError as error:
+            raise LostWorkError(str(error)) if is_missing(error) else error from error.__cause__
 
     def write(self, layer: int, batch: int, x: Array) -> None:
         """Keep what enters `layer`.
@@ -63,6 +65,15 @@ class Stream:
             StorageError: writing fails.
         """
         write_chunk(self._path(layer, batch), x)
+
+    def sync(self) -> None:
+        """Make all that is kept survive a power cut.
+
+        Raises:
+            StorageError: syncing fails.
+        """
+        for path in (*self._folder.glob("*.zst"), self._folder):
+            sync(path)
 
     def keep_only(self, layers: Sequence[int]) -> None:
         """Delete all generations but those that enter `layers`."""

@@ -45,7 +45,7 @@ def cli() -> None:
     """Quantize Hugging Face checkpoints to llama.cpp GGUF files on a CPU, in bounded memory."""
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, resumes=True)
 @model_dir
 @job_options
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
@@ -143,7 +143,7 @@ def demo(console: Console, output: Path | None, prompt: str, tokens: int) -> Any
     return None if output is None else {"output": str(output)}
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, resumes=True)
 @model_dir
 @text_options
 @max_ram

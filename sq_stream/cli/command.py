@@ -10,7 +10,7 @@ import click
 
 from sq_stream.cli.config import NAME, option_name, read_defaults
 from sq_stream.cli.console import LOG_FORMATS, Console
-from sq_stream.errors import UsageError
+from sq_stream.errors import RESTARTS, RESUMES, UsageError
 from sq_stream.events import Note
 
 PATH = click.Path(path_type=Path)
@@ -19,8 +19,10 @@ PATH = click.Path(path_type=Path)
 class Command(click.Command):
     """A command that is run inside a `Console`, which it gets as its first argument; its result goes to `--summary`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, resumes: bool = False, **kwargs: Any) -> None:
+        """One that `resumes` goes on from where an interrupted run was."""
         super().__init__(*args, **kwargs)
+        self._when_interrupted = RESUMES if resumes else RESTARTS
         self.params += [_summary(), _log_format(), _quiet(), _config()]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -37,7 +39,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function, without the parameters that are used here."""
         own = {name: ctx.params[name] for name in ("summary", "log_format", "quiet", "config")}
-        with Console(own["log_format"], quiet=own["quiet"]) as console:
+        with Console(own["log_format"], quiet=own["quiet"], when_interrupted=self._when_interrupted) as console:
             if own["summary"] is not None:
                 from sq_stream.cli.summary import RunSummary
 

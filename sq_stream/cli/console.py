@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 import time
 import traceback
 from dataclasses import asdict
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sq_stream.cli.echo import echo, printable
-from sq_stream.errors import DoesNotFitError, InterruptedJobError, SqStreamError, StorageError
+from sq_stream.cli.interrupt import Interrupts
+from sq_stream.errors import RESTARTS, DoesNotFitError, InterruptedJobError, SqStreamError, StorageError
 from sq_stream.events import Event, Finished, Note, Progress, StageStarted, TensorFinished
 from sq_stream.units import format_duration, format_size
 
@@ -35,11 +35,13 @@ class Console:
     """Told how it ends, with `result`."""
     result: Any = None
 
-    def __init__(self, log_format: str = "auto", *, quiet: bool = False) -> None:
-        """Where it is `quiet`, only errors are shown."""
+    def __init__(self, log_format: str = "auto", *, quiet: bool = False, when_interrupted: str = RESTARTS) -> None:
+        """Where it is `quiet`, only errors are shown; `when_interrupted` says how to go on."""
         self._view = _view(log_format)
         self._quiet = quiet
         self._notes: list[str] = []
+        self._interruption = InterruptedJobError(when_interrupted)
+        self._interrupts = Interrupts(self._give_up)
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -49,44 +51,57 @@ class Console:
             self._view.show(event)
 
     def __enter__(self) -> Console:
-        signal.signal(signal.SIGTERM, _interrupt)
+        self._interrupts.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            is_unread = isinstance(error, BrokenPipeError)
+            error = self._summarize(None if is_unread else self._known(error))
+        except KeyboardInterrupt:
+            error = self._interruption
+        self._interrupts.__exit__()
         self._view.close()
-        is_unread = isinstance(error, BrokenPipeError)
-        error = None if is_unread else _known(error)
-        exit_code = 0 if error is None else getattr(error, "exit_code", 1)
-        if self.summary is not None:
-            try:
-                self.summary.end(exit_code, error, self.result, self._notes)
-            except SqStreamError as failure:
-                error, exit_code = error or failure, exit_code or failure.exit_code
         if is_unread:
             sys.stderr.close()  # the reader of our output has left: nothing to say, nobody to say it to
-            raise click.exceptions.Exit(exit_code)
+            raise click.exceptions.Exit(_exit_code(error))
         if isinstance(error, Exception) and self.fail(error):
-            raise click.exceptions.Exit(exit_code) from error
+            raise click.exceptions.Exit(_exit_code(error)) from error
 
     def fail(self, error: Exception) -> bool:
         """Show an error; false if Python shall, with the place in our code that it is from."""
         return self._view.fail(error)
 
+    def _known(self, error: BaseException | None) -> BaseException | None:
+        """The same as one of our errors, where it is the system's or the user's doing."""
+        if isinstance(error, KeyboardInterrupt):
+            return self._interruption
+        if isinstance(error, MemoryError):
+            return DoesNotFitError("the system gives no more memory: lower --max-ram, or raise the limit (ulimit -v)")
+        if isinstance(error, OSError):
+            return StorageError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return error
 
-def _known(error: BaseException | None) -> BaseException | None:
-    """The same as one of our errors, where it is the system's or the user's doing."""
-    if isinstance(error, KeyboardInterrupt):
-        return InterruptedJobError("interrupted")
-    if isinstance(error, MemoryError):
-        return DoesNotFitError("the system gives no more memory: lower --max-ram, or raise the limit (ulimit -v)")
-    if isinstance(error, OSError):
-        return StorageError(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    return error
+    def _summarize(self, error: BaseException | None) -> BaseException | None:
+        """Write how the run ends, if it is asked for; `error`, or why that cannot be written."""
+        if self.summary is not None:
+            try:
+                self.summary.end(_exit_code(error), error, self.result, self._notes)
+            except SqStreamError as failure:
+                return error or failure
+        return error
+
+    def _give_up(self) -> None:
+        """End the process here and now: nothing that is on disk depends on its end."""
+        self._view.close()
+        self._summarize(self._interruption)
+        self.fail(self._interruption)
+        sys.stderr.flush()
+        os._exit(self._interruption.exit_code)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Let SIGTERM end a job in the same orderly way as SIGINT."""
-    raise KeyboardInterrupt
+def _exit_code(error: BaseException | None) -> int:
+    return 0 if error is None else getattr(error, "exit_code", 1)
 
 
 class View:

@@ -19,7 +19,7 @@ from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.shingles import overlap, sample
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import is_linear
-from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError
+from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError, StorageError
 from sq_stream.evaluate.budget import Budget, choose_budget, kernel_uses
 from sq_stream.evaluate.models import Model, Reference, labels, open_model, open_reference, round_reference
 from sq_stream.evaluate.results import SCHEMA, Evaluation, Role
@@ -28,7 +28,7 @@ from sq_stream.evaluate.statistics import N_SAMPLES, SEED, summarize
 from sq_stream.evaluate.stream import score
 from sq_stream.evaluate.suites import Suite, make_suites
 from sq_stream.events import Note, OnEvent, ignore
-from sq_stream.formats.storage import open_locked, storage_errors, user_cache
+from sq_stream.formats.storage import make_folder, open_locked, storage_errors, user_cache
 from sq_stream.job import settings as job_settings
 from sq_stream.job.budget import PROGRAM_BYTES
 from sq_stream.job.statistics import Statistics, find_statistics, gather
@@ -41,7 +41,6 @@ from sq_stream.units import format_size
 Importance = dict[str, NDArray[np.float32]]
 
 _SCRATCH = "evaluation-"
-_LOCK = "lock"
 
 
 def run(settings: Settings, on_event: OnEvent = ignore) -> Evaluation:
@@ -212,32 +211,30 @@ def _remember_kernels(models: Sequence[Model]) -> None:
 
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
-    """A folder that is gone in the end; what a killed process has left of its own is removed too."""
-    with storage_errors("making a folder in", parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        for lock in parent.glob(f"{_SCRATCH}*/{_LOCK}"):
-            _remove_if_left(lock)
-        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+    """A locked folder that is gone in the end; what a killed process has left of its own is removed too."""
+    make_folder(parent)
+    for left in parent.glob(f"{_SCRATCH}*"):
+        with suppress(InterruptedJobError, StorageError):  # it is in use, or just gone
+            _remove(left, open_locked(left, os.O_RDONLY))
+    folder, lock = _new_folder(parent)
     try:
-        fd = open_locked(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-        try:
-            yield folder
-        finally:
-            os.close(fd)
+        yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder, lock)
 
 
-def _remove_if_left(lock: Path) -> None:
-    """Remove the folder of a lock that nobody holds."""
-    try:
-        fd = open_locked(lock, os.O_RDWR | os.O_CREAT)
-    except InterruptedJobError:
-        return
-    try:
-        shutil.rmtree(lock.parent, ignore_errors=True)
-    finally:
-        os.close(fd)
+def _new_folder(parent: Path) -> tuple[Path, int]:
+    """Made and locked; another process may take it for left over in between."""
+    while True:
+        with storage_errors("making a folder in", parent):
+            folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+        with suppress(InterruptedJobError, FileNotFoundError):
+            return folder, open_locked(folder, os.O_RDONLY)
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 def _check_disk(folder: Path, budget: Budget) -> None:

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 
 from sq_stream.errors import BadInputError
 from sq_stream.formats.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, TensorEntry, read_header
-from sq_stream.formats.storage import Closing, only_regular, read_input, read_into, storage_errors
+from sq_stream.formats.storage import (
+    Closing,
+    FileState,
+    file_state,
+    only_regular,
+    read_input,
+    read_into,
+    storage_errors,
+)
 from sq_stream.formats.strict_json import brief, parse_object, shown
 
 INDEX = "model.safetensors.index.json"
@@ -77,6 +85,7 @@ class Checkpoint(Closing):
         self.folder = folder
         self.tensors = {}
         self._fds: dict[Path, int] = {}
+        self._states: dict[Path, FileState] = {}
         self._hash = hashlib.sha256()
         self.warnings = []
         with storage_errors("opening", folder):
@@ -125,7 +134,7 @@ class Checkpoint(Closing):
 
         Raises:
             BadInputError: no such tensor, or its dtype is not BF16, F16 or F32.
-            StorageError: reading fails.
+            StorageError: reading fails, or the file was changed since it was opened.
         """
         entry = self._entry(name)
         n_rows, n_in = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 1
@@ -137,7 +146,8 @@ class Checkpoint(Closing):
         for begin in range(0, len(numbers), chunk_rows):
             chunk = numbers[begin : begin + chunk_rows]
             for first, start, n in _runs(chunk):
-                read_into(self._fds[entry.path], raw[first : first + n], entry.offset + start * row_bytes, entry.path)
+                offset, path = entry.offset + start * row_bytes, entry.path
+                read_into(self._fds[path], raw[first : first + n], offset, path, self._states[path])
             _TO_FLOAT32[entry.dtype](raw[: len(chunk)], x[begin : begin + len(chunk)])
         return x
 
@@ -162,6 +172,7 @@ class Checkpoint(Closing):
         with storage_errors("opening", path):
             fd = only_regular(path, os.O_RDONLY)
         self._fds[path] = fd
+        size, mtime = self._states[path] = file_state(fd)
         header = read_header(fd, path)
         if len(self.tensors) + len(header.tensors) > MAX_TENSORS:
             raise BadInputError(f"{self.folder} holds more than {MAX_TENSORS} tensors, the most that are read")
@@ -172,10 +183,7 @@ class Checkpoint(Closing):
                     "keep only the files of one set of weights"
                 )
             self.tensors[entry.name] = entry
-        stat = os.fstat(fd)
-        self._hash.update(
-            f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape") + header.raw
-        )
+        self._hash.update(f"\0{name}\0{size}\0{mtime}\0".encode(errors="surrogateescape") + header.raw)
 
     def _read_json(self, name: str) -> tuple[bytes, dict[str, Any]]:
         path = self.folder / name

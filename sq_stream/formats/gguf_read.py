@@ -7,7 +7,6 @@ accepted here is what llama.cpp opens.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from sq_stream.formats.gguf_layout import (
     padded,
 )
 from sq_stream.formats.metadata import Entry, ValueType
-from sq_stream.formats.storage import Closing, only_regular, read_into, storage_errors
+from sq_stream.formats.storage import Closing, file_state, only_regular, read_into, storage_errors
 from sq_stream.formats.strict_json import LFS_POINTER, brief, refuse_lfs_pointer
 
 MAX_HEADER_BYTES = 2**26
@@ -53,33 +52,35 @@ class GGUFReader(Closing):
     data_offset: int
     file_bytes: int
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, growing: bool = False) -> None:
         self.path = path
         with storage_errors("reading", path):
             self._file = open(path, "rb", 2**20, opener=only_regular)  # noqa: SIM115 - closed by close()
             try:
-                self.file_bytes = os.fstat(self._file.fileno()).st_size
+                state = file_state(self._file.fileno())
+                self._state = None if growing else state
+                self.file_bytes = state[0]
                 self._parse(_Cursor(self._file, path, self.file_bytes))
             except BaseException:
                 self.close()
                 raise
 
     @classmethod
-    def open(cls, path: Path) -> GGUFReader:
-        """Open a file and check its structure.
+    def open(cls, path: Path, *, growing: bool = False) -> GGUFReader:
+        """Open a file and check its structure; the data of a `growing` one may be written meanwhile.
 
         Raises:
             BadInputError: it is not a GGUF file of version 3, or breaks the format.
             StorageError: reading fails.
         """
-        return cls(Path(path))
+        return cls(Path(path), growing=growing)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Stored rows `start` to `stop` of tensor `name`: uint8 [stop - start, row_bytes]. Safe from several threads.
 
         Raises:
             BadInputError: no such tensor.
-            StorageError: reading fails.
+            StorageError: reading fails, or the file was changed since it was opened.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -87,7 +88,7 @@ class GGUFReader(Closing):
         if not 0 <= start <= stop <= tensor.n_rows:
             raise IndexError(f"rows {start} to {stop} of tensor {name!r}, which has {tensor.n_rows}")
         rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
-        read_into(self._file.fileno(), rows, tensor.offset + start * tensor.row_bytes, self.path)
+        read_into(self._file.fileno(), rows, tensor.offset + start * tensor.row_bytes, self.path, self._state)
         return rows
 
     def close(self) -> None:

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import BadInputError, StorageError
+from sq_stream.errors import BadInputError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.gguf_layout import FileLayout, TensorLayout
-from sq_stream.formats.storage import Closing, open_locked, read_into, storage_errors, sync_folder, write_all
+from sq_stream.formats.storage import Closing, open_locked, read_into, storage_errors, sync, write_all
 
 
 class GGUFFile(Closing):
     """A GGUF file being written to `<path>.partial`; `commit` gives it its name.
 
     Rows may be written in any order and from several threads. The partial file is locked (flock) while it is open and
-    stays on disk when the writer is only closed, to be reopened later.
+    stays on disk when the writer is only closed, to be reopened later; an empty one is removed.
     """
 
     def __init__(self, path: Path, layout: FileLayout, fd: int) -> None:
@@ -30,23 +30,22 @@ class GGUFFile(Closing):
         self._fd: int | None = fd
 
     @classmethod
-    def create(cls, path: Path, layout: FileLayout) -> GGUFFile:
-        """Start a file: take all of its disk space and write its header. An older partial file is replaced.
+    def open(cls, path: Path, layout: FileLayout) -> GGUFFile:
+        """Lock the partial file, as it is or empty: `start` it, or `check` it to go on.
 
         Raises:
             InterruptedJobError: another process is writing the same file.
-            StorageError: the folder cannot be written or the disk is too full; nothing is left behind.
+            StorageError: the folder cannot be written.
         """
-        path = Path(path)
-        file = cls(path, layout, open_locked(partial_path(path), os.O_RDWR | os.O_CREAT))
+        return cls(Path(path), layout, open_locked(partial_path(path), os.O_RDWR | os.O_CREAT))
+
+    @classmethod
+    def create(cls, path: Path, layout: FileLayout) -> GGUFFile:
+        """`open` and `start`; see there."""
+        file = cls.open(path, layout)
         try:
-            with storage_errors("writing", file.partial):
-                os.ftruncate(file._open_fd, 0)
-                _allocate(file._open_fd, layout.total_bytes)
-            write_all(file._open_fd, layout.header, 0, file.partial)
+            file.start()
         except BaseException:
-            with suppress(StorageError):
-                file.abandon()
             file.close()
             raise
         return file
@@ -66,19 +65,49 @@ class GGUFFile(Closing):
             raise BadInputError(f"{partial} is not there: start the job anew")
         file = cls(path, layout, open_locked(partial, os.O_RDWR))
         try:
-            size = os.fstat(file._open_fd).st_size
-            header = np.zeros(len(layout.header), np.uint8)
-            if size == layout.total_bytes:
-                read_into(file._open_fd, header, 0, partial)
-            if size != layout.total_bytes or header.tobytes() != layout.header:
-                raise BadInputError(
-                    f"{partial} ({size} bytes) belongs to another job than this one ({layout.total_bytes} bytes): "
-                    "delete it to start anew"
-                )
+            file.check()
         except BaseException:
             file.close()
             raise
         return file
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has never been started."""
+        return os.fstat(self._open_fd).st_size == 0
+
+    def start(self) -> None:
+        """Take all of the file's disk space and write its header, in place of whatever is there.
+
+        Raises:
+            StorageError: the disk is too full, or writing fails; the file is then empty.
+        """
+        try:
+            with storage_errors("writing", self.partial):
+                os.ftruncate(self._open_fd, 0)
+                _allocate(self._open_fd, self.layout.total_bytes)
+            write_all(self._open_fd, self.layout.header, 0, self.partial)
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(self._open_fd, 0)
+            raise
+
+    def check(self) -> None:
+        """Make sure that the file was started with the same layout.
+
+        Raises:
+            BadInputError: it has another size or header.
+            StorageError: it cannot be read.
+        """
+        size, expected = os.fstat(self._open_fd).st_size, self.layout.total_bytes
+        header = np.zeros(len(self.layout.header), np.uint8)
+        if size == expected:
+            read_into(self._open_fd, header, 0, self.partial)
+        if size != expected or header.tobytes() != self.layout.header:
+            raise BadInputError(
+                f"{self.partial} ({size} bytes) belongs to another job than this one ({expected} bytes): "
+                "delete it to start anew"
+            )
 
     def write_rows(self, tensor: TensorLayout, first_row: int, data: NDArray[np.uint8]) -> None:
         """Write stored rows `data` [n, tensor.row_bytes] of `tensor` from row `first_row` on.
@@ -112,22 +141,27 @@ class GGUFFile(Closing):
             os.fsync(self._open_fd)
 
     def commit(self) -> None:
-        """Finish: sync, give the file its name (replacing a file of that name), sync the folder."""
+        """Finish: sync, give the file its name (replacing a file of that name), sync the folder.
+
+        Raises:
+            StorageError: one of them fails; the file does not have its name then.
+        """
         self.sync()
         with storage_errors("renaming", self.partial):
             os.replace(self.partial, self.path)
-        self.close()
-        sync_folder(self.path.parent)
-
-    def abandon(self) -> None:
-        """Delete the partial file."""
-        with storage_errors("deleting", self.partial):
-            self.partial.unlink(missing_ok=True)
+        try:
+            sync(self.path.parent)
+        except BaseException:
+            os.replace(self.path, self.partial)
+            raise
         self.close()
 
     def close(self) -> None:
-        """Release the file; an unfinished one stays as it is, to be reopened."""
+        """Release the file; an unfinished one stays as it is, to be reopened, unless it is empty."""
         if self._fd is not None:
+            if self.is_empty:
+                with suppress(OSError):
+                    self.partial.unlink()
             os.close(self._fd)
             self._fd = None
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sq_stream.errors import BadInputError
-from sq_stream.formats.atomic import atomic_write
-from sq_stream.formats.storage import Closing, read_input, storage_errors, sync_folder, write_all
+from sq_stream.formats.atomic import atomic_write, partial_path
+from sq_stream.formats.storage import Closing, read_input, storage_errors, write_all
 
 MAX_BYTES = 2**26
 """Of a journal; that of a job with 1000 tensors and its measurements has some 2**20."""
@@ -80,11 +80,15 @@ class Journal(Closing):
             self._fd = -1
 
     def remove(self) -> None:
-        """Close and delete the file: the job is done."""
+        """Close and delete the file: the job is done.
+
+        Raises:
+            StorageError: deleting fails.
+        """
         self.close()
         with storage_errors("deleting", self.path):
+            partial_path(self.path).unlink(missing_ok=True)  # of a start over that was killed
             self.path.unlink(missing_ok=True)
-        sync_folder(self.path.parent)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:

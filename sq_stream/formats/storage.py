@@ -97,11 +97,21 @@ def read_input(path: Path, most_bytes: int) -> bytes:
     return data
 
 
-def read_into(fd: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
-    """Fill the contiguous array `buffer` from byte `offset` of an open file.
+FileState = tuple[int, int]
+"""Size and modification time of an open file, by which a change is noticed."""
+
+
+def file_state(fd: int) -> FileState:
+    """The state that an open file has now."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+def read_into(fd: int, buffer: NDArray[Any], offset: int, path: Path, state: FileState | None = None) -> None:
+    """Fill the contiguous array `buffer` from byte `offset` of an open file, which had this `state` when it was opened.
 
     Raises:
-        StorageError: the read fails, or the file ends too early (it shrank since it was opened).
+        StorageError: the read fails, or the file was changed since it was opened.
     """
     view = memoryview(buffer.reshape(-1).view(np.uint8).data)
     with storage_errors("reading", path):
@@ -112,6 +122,8 @@ def read_into(fd: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
                     f"{path} ends at byte {offset}, {len(view)} bytes too early: it shrank while in use, restore it"
                 )
             view, offset = view[n:], offset + n
+        if state is not None and file_state(fd) != state:
+            raise StorageError(f"{path} was changed while in use: restore it, or start over with it as it is now")
 
 
 def write_all(fd: int, data: bytes | NDArray[np.uint8], offset: int, path: Path) -> None:
@@ -163,11 +175,34 @@ def open_locked(path: Path, flags: int) -> int:
         os.close(fd)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename or a new name in `folder` survive a power cut."""
-    with storage_errors("syncing", folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def is_missing(error: StorageError) -> bool:
+    """Whether what failed is that a file is not there."""
+    return isinstance(error.__cause__, FileNotFoundError)
+
+
+def sync(path: Path) -> None:
+    """Make the contents of a file, or the names in a folder, survive a power cut.
+
+    Raises:
+        StorageError: syncing fails.
+    """
+    with storage_errors("syncing", path):
+        fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it lies in, where they are not there yet, so that they survive a power cut.
+
+    Raises:
+        StorageError: one cannot be made.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with storage_errors("making", folder):
+        folder.mkdir(exist_ok=True)
+    sync(folder.parent)

@@ -11,7 +11,9 @@ from sq_stream.calibrate.paired import HEAD, Meeting, PairedPass, Side
 from sq_stream.calibrate.sketches import is_linear
 from sq_stream.calibrate.streamed import LostWorkError, Residuals, into_batches
 from sq_stream.calibrate.weights import LayerReader, zeros
+from sq_stream.errors import BadInputError
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.formats.journal import Journal
 from sq_stream.job.budget import SHAPED_TYPES
 from sq_stream.job.encode import Encoding, streams_folder
 from sq_stream.job.plan import Plan
@@ -26,16 +28,23 @@ def encode_in_turn(encoding: Encoding, workers: Workers) -> None:
     """Encode the linears of `plan.pairing` that are not done; all other tensors must be.
 
     Raises:
-        BadInputError: weights or activations are NaN or infinite.
+        BadInputError: weights or activations are NaN or infinite, or the journal is damaged.
         StorageError: reading or writing failed; what is done is kept.
     """
-    finished = max((record["branches"] for record in encoding.journal.records if "branches" in record), default=0)
-    with GGUFReader.open(encoding.file.partial) as file:
+    with GGUFReader.open(encoding.file.partial, growing=True) as file:
         turns = _Turns(encoding, file, workers)
         try:
-            turns.take(finished)
+            turns.take(_n_finished(encoding.journal))
         except LostWorkError:
             turns.take(0)
+
+
+def _n_finished(journal: Journal) -> int:
+    """Branches behind which both streams are on disk."""
+    counts = [record["branches"] for record in journal.records if "branches" in record]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise BadInputError(f"{journal.path} is damaged: start over with --fresh")
+    return counts[-1] if counts else 0  # streams that were lost may have been started over
 
 
 class _Turns:

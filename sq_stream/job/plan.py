@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,12 +159,25 @@ def check_place(output: Path) -> None:
 
     Raises:
         UsageError: it is a folder.
-        StorageError: its folder does not exist.
+        StorageError: its folder does not exist or cannot be written.
     """
     if not output.parent.is_dir():
         raise StorageError(f"{output.parent}: there is no such folder to write {output.name} into")
+    if not os.access(output.parent, os.W_OK):
+        raise StorageError(f"{output.parent} cannot be written: choose another folder for {output.name}")
     if output.is_dir():
         raise UsageError(f"{output} is a folder: name the file to write")
+
+
+def refuse_existing(settings: Settings) -> None:
+    """Refuse an output that is there and is not to be replaced.
+
+    Raises:
+        UsageError: so it is.
+    """
+    output = settings.output
+    if output.exists() and not settings.overwrite:
+        raise UsageError(f"{output} exists: name another file with -o, or replace it with --overwrite")
 
 
 def check_output(plan: Plan) -> None:
@@ -178,8 +192,7 @@ def check_output(plan: Plan) -> None:
     check_place(output)
     if output.resolve().parent == plan.checkpoint.folder.resolve() and output.suffix != ".gguf":
         raise UsageError(f"{output} would lie among the files of the checkpoint: name another file with -o")
-    if output.exists() and not plan.settings.overwrite:
-        raise UsageError(f"{output} exists: name another file with -o, or replace it with --overwrite")
+    refuse_existing(plan.settings)
     partial = partial_path(output)
     reserved = partial.stat().st_blocks * 512 if partial.exists() else 0
     needed = plan.budget.peak_disk - reserved
