@@ -267,7 +267,7 @@ def test_a_summary_that_cannot_be_written_in_the_end_is_an_error(folder: Path, m
     monkeypatch.setattr(api, "inspect", lambda path: os.rename("place", "moved") or inspect(path))
     Path("place").mkdir()
     result = run("inspect", MODEL, "--summary", "place/s.json")
-    assert (result.exit_code, "writing place/s.json failed" in result.stderr) == (6, True)
+    assert (result.exit_code, "opening place/s.json.partial failed" in result.stderr) == (6, True)
 
 
 # Silence, and no control codes
