@@ -323,6 +323,7 @@ def _serve(folder: Path) -> None:
                 with open(folder / "stderr", "w") as errors, open(os.devnull, "w") as nothing:
                     os.dup2(errors.fileno(), 2)
                     os.dup2(nothing.fileno(), 1)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs in a shell's background
                 faults = Faults(folder, fault)
                 faults.install()
                 try:

@@ -445,7 +445,7 @@ def gguf_file() -> Target:
         summary = summarize_gguf(path)
         tables.to_json(summary).encode()
         tables.summary_text(summary).encode()
-        tables.checks_text(verify_file(path, tile_weights=2**16)).encode()
+        tables.checks_text(verify_file(path, max_ram=2**29)).encode()
 
     return Target("gguf", [_small_gguf()], mutate_gguf, read)
 

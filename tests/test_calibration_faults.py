@@ -311,8 +311,9 @@ def test_a_disk_that_others_fill_up(small_disk: Path, tmp_path: Path) -> None:
     """The command line on a real full disk: exit code 6, and the same command goes on when there is room."""
 
     def command(cache: Path) -> list[str]:
+        main = "from sq_stream.cli import console, main; console.JSON_INTERVAL = 0; main()"  # all progress is told
         text = ["--ctx", "64", "--windows", "24", "--log-format", "json"]
-        return [sys.executable, "-m", "sq_stream", "calibrate", str(model_folder()), *text, "--cache", str(cache)]
+        return [sys.executable, "-c", main, "calibrate", str(model_folder()), *text, "--cache", str(cache)]
 
     filler = small_disk / "filler"
     with subprocess.Popen(command(small_disk), stderr=subprocess.PIPE, text=True) as process:

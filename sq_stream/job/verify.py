@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.errors import DoesNotFitError, VerificationError
+from sq_stream.errors import VerificationError
 from sq_stream.events import OnEvent, Progress, StageStarted, ignore
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader
@@ -141,10 +141,6 @@ def _check_tensor(reader: GGUFReader, name: str, tile_weights: int, source: Sour
 
     tensor = reader.tensors[name]
     n_rows, n_in = tensor.n_rows, tensor.shape[-1]
-    if n_in > tile_weights:
-        raise DoesNotFitError(
-            f"{reader.path}: {name} has rows of {n_in} values; this --max-ram holds {tile_weights} at a time"
-        )
     crc, squared_error, squared_sum = 0, 0.0, 0.0
     scaling = None if source is None else source.scaling(reader, name)
     for rows in row_tiles(n_rows, n_in, tile_weights, slab=1):
