@@ -17,7 +17,7 @@ from sq_stream.calibrate.corpus import build_corpus
 from sq_stream.cli import cli
 from sq_stream.demo import model_folder
 from sq_stream.demo.generate import read_model
-from sq_stream.errors import BadInputError, DoesNotFitError, UsageError
+from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError, UsageError
 from sq_stream.events import Event, Note, StageStarted, TensorFinished
 from sq_stream.job.plan import check_output
 from sq_stream.models.forward import forward
@@ -27,7 +27,7 @@ from sq_stream.text.vocabulary import read_vocabulary
 
 MODEL = model_folder()
 WINDOWS = 16
-PART: dict[str, Any] = {"recipe": "bf16", "tensor_types": [r"blk\.[12]\.ffn_(gate|down)=q4_k"]}  # soon done
+PART: dict[str, Any] = {"recipe": "bf16", "tensor_types": [r"blk\.1\.ffn_(gate|down)=q4_k"]}  # soon done
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +130,30 @@ def test_statistics_that_vanish_while_they_are_used_are_computed_again(
 
     def remove(event: Event) -> None:
         events.append(event)
-        if isinstance(event, TensorFinished) and event.name == "blk.1.ffn_down.weight":
+        if isinstance(event, TensorFinished) and event.type == "Q4_K":
             shutil.rmtree(own, ignore_errors=True)
 
     quantize(tmp_path / "whole.gguf", **PART)
     quantize(tmp_path / "out.gguf", **PART, cache=own, on_event=remove)
     assert [event.text for event in events if isinstance(event, Note) and "calibrating anew" in event.text]
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_coarser_calibration_does_not_go_on_with_what_is_done(
+    shaped: Path, quantize: Callable[..., list[Event]], tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, TensorFinished):
+            raise KeyboardInterrupt
+
+    path, options = tmp_path / "out.gguf", {**PART, "max_ram": "64M", "cache": tmp_path / "cache"}
+    with pytest.raises(InterruptedJobError):
+        quantize(path, **PART, on_event=stop)
+    with pytest.raises(DoesNotFitError) as refusal:
+        quantize(path, **options)
+    with pytest.raises(UsageError, match=r"another accuracy of the calibration \(--max-ram\): .*--fresh"):
+        quantize(path, **{**options, "max_ram": str(refusal.value).rsplit(maxsplit=1)[1]})
+    quantize(path, **PART)
 
 
 def test_the_file_says_what_it_was_fitted_to(shaped: Path) -> None:
