@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*.sketch")}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.sketch")}
 
 
 class Whole:

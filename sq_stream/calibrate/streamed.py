@@ -20,7 +20,7 @@ from sq_stream.formats.chunks import read_chunk, write_chunk
 from sq_stream.formats.storage import is_missing, make_folder, storage_errors, sync
 from sq_stream.models.forward import Decoder
 from sq_stream.models.layers import Array, Site
-from sq_stream.parallel import Workers, one_kernel_thread
+from sq_stream.parallel import Workers
 
 Add = Callable[[Site, Array], None]
 """Adds vectors [..., n] to the second moment of a site."""
@@ -172,7 +172,7 @@ def run_steps(
     """
     n_tokens, n_batches = sum(tokens.size for tokens in batches), len(batches)
     on_event(StageStarted(stage, n_tokens, "tokens"))
-    with Workers(budget.threads, one_kernel_thread) as workers:
+    with Workers(budget.threads) as workers:
         for number in range(entry.done, n_steps):
             step = make_step(number)
             for done, _ in enumerate(step.run(n_batches, budget, workers), 1):

@@ -20,7 +20,7 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.storage import storage_errors
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.tiles import row_tiles
-from sq_stream.parallel import Workers, one_kernel_thread, set_kernel_threads
+from sq_stream.parallel import Workers, set_kernel_threads
 from sq_stream.quantize.rows import RowFeedback
 from sq_stream.quantize.smooth import UNSCALED, Scaling
 
@@ -75,7 +75,7 @@ class Encoding:
         in_turn = self.plan.turns.pairing.linears if self.plan.turns else frozenset()
         self._on_event(StageStarted("encode", self.plan.n_weights))
         set_kernel_threads(self.plan.settings.threads)
-        with Workers(self.plan.settings.threads, one_kernel_thread) as workers:
+        with Workers(self.plan.settings.threads) as workers:
             for tensor in self.plan.tensors:
                 name = tensor.source.name
                 if name not in self.checksums and name not in in_turn:
