@@ -7,7 +7,7 @@ import re
 from sq_stream.errors import UsageError
 
 _FACTORS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -20,7 +20,7 @@ def parse_size(text: str) -> int:
     size = int(float(match[1]) * _FACTORS[match[2].upper()]) if match else 0
     if size <= 0:
         raise UsageError(
-            f"{text!r} is not a size: write a positive number with an optional K, M, G or T, as in 4G or 512M"
+            f"{text[:80]!r} is not a size: write a positive number with an optional K, M, G or T, as in 4G or 512M"
         )
     return size
 

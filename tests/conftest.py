@@ -2,7 +2,9 @@
 
 import pytest
 import tiny_models
+from faults import Forge
 from gguf_files import describe
+from histories import Whole
 from hypothesis import settings
 
 from sq_stream.formats.checkpoint import Checkpoint
@@ -26,3 +28,23 @@ def open_model(tmp_path_factory):
     yield open_
     for checkpoint, _ in opened.values():
         checkpoint.close()
+
+
+@pytest.fixture(scope="session")
+def forge(tmp_path_factory):
+    """Runs of the command line to which something happens."""
+    forge = Forge(tmp_path_factory.mktemp("forge"))
+    yield forge
+    forge.close()
+
+
+@pytest.fixture(scope="session")
+def whole(forge):
+    """A calibrated job on the forge's model, to which nothing happened."""
+    return Whole(forge)
+
+
+@pytest.fixture(scope="session")
+def best(forge):
+    """The same of the effort best."""
+    return Whole(forge, "--effort=best")

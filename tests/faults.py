@@ -99,6 +99,7 @@ class Faults:
     A fault is {"kind", "n", "calls"}: at the n-th of the `calls` named (default: all that write)
       kill     the process is killed, a write being half done;
       signal   it gets a "number";
+      shell    a "command" is run before the call;
       fail     the call fails with "errno", and so do all later ones of the kind if it is "lasting";
       power    the power goes: see `Disk`, with "seed".
     {"after", "number"} is a signal (default: SIGKILL) after that many seconds.
@@ -155,6 +156,8 @@ class Faults:
             return
         if kind == "signal":
             os.kill(os.getpid(), self.fault["number"])
+        elif kind == "shell":
+            os.system(self.fault["command"])
         elif kind == "kill":
             if name in ("write", "pwrite"):
                 real(args[0], memoryview(args[1]).cast("B")[: memoryview(args[1]).nbytes // 2], *args[2:])
@@ -284,12 +287,12 @@ def write_text(path: Path, seed: int = 0) -> Path:
 
 
 def quantize_arguments(folder: Path, *more: str) -> list[str]:
-    """A calibrated job; everything that it writes is below folder/work."""
+    """A job, calibrated but for --effort=fast; everything that it writes is below folder/work."""
     work = folder / "work"
+    text = [] if "--effort=fast" in more else ["--calib", str(folder / "text.txt")]
     return [
-        "quantize", str(folder / "model"), "-o", str(work / "out.gguf"), "--calib", str(folder / "text.txt"),
-        "--ctx", str(CTX), "--windows", str(WINDOWS), "--cache", str(work / "cache"), "--threads", "1",
-        "--log-format", "json", *more,
+        "quantize", str(folder / "model"), "-o", str(work / "out.gguf"), *text, "--ctx", str(CTX), "--windows",
+        str(WINDOWS), "--cache", str(work / "cache"), "--threads", "1", "--log-format", "json", *more,
     ]  # fmt: skip
 
 

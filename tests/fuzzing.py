@@ -9,6 +9,7 @@ checksum or length, so that most mutations change a value where the form has one
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -631,6 +632,69 @@ def card() -> Target:
     return Target("card", [dumps(seed)], mutate, read)
 
 
+CONFIG = """\
+[quantize]   # what plan and calibrate take too
+max-ram = "1G"
+threads = 1
+effort = "fast"
+tensor-type = ["ffn_down=q6_k", "attn=q8_0"]
+pure = true
+ctx = 0x80
+calib = []
+[plan]
+json = true
+[eval]
+ref = "model"
+[cache.list]
+cache = '~/.cache'
+"""
+TOML_PARTS = (
+    b"[[quantize]]", b"a.b.c = 1", b"{a = {b = 1}}", b"[" * 900, b"{a=" * 900, b"a." * 900, b"1979-05-27T07:32:00Z",
+    b"99:99:99", b"0x" + b"f" * 9000, b"9" * 9000, b"inf", b"nan", b'"""', b"'''", b"\\ud800", b"\\u001b[31m",
+    b"true", b"[1, 'a']", b"\n", b"=", b'"x"', b"config = 'y'", b"log-format = 'json'", b"[demo]\ntokens = 5",
+)  # fmt: skip
+
+
+def settings_file() -> Target:
+    """sq-stream.toml, up to the settings of a job."""
+    import click
+
+    from sq_stream.cli import cli
+    from sq_stream.cli.config import read_defaults
+    from sq_stream.errors import UsageError
+    from sq_stream.job.settings import Options, parse_settings
+
+    def mutate(data: bytes, random: Random) -> bytes:
+        if random.random() < 0.4:
+            return mutate_bytes(data, random)
+        tokens = re.split(rb"(\s+|[\[\]=,\"])", data)
+        for _ in range(random.choice((1, 1, 2, 4))):
+            part = random.choice(
+                (random.choice(TOML_PARTS), random.choice(tokens), random.choice(WORDS).encode("utf-8", "replace"))
+            )
+            at = random.randrange(len(tokens))
+            tokens[at : at + random.randrange(2)] = [part]
+        return b"".join(tokens)
+
+    def read(data: bytes) -> None:
+        path = _written("sq-stream.toml", data)
+        root = click.Context(cli, info_name="sq-stream")
+        for name in ("quantize", "plan"):
+            context = click.Context(cli.commands[name], root, info_name=name)
+            try:
+                found = read_defaults(context, path)
+            except click.UsageError as error:
+                raise UsageError(error.format_message()) from error
+            options = {
+                param.name: param.type_cast_value(context, found[param.name])
+                for param in context.command.params
+                if param.name in found
+            }
+            parse_settings("model", **{k: v for k, v in options.items() if k in Options.__annotations__})
+
+    return Target("settings", [CONFIG.encode()], mutate, read)
+
+
 MAKERS: dict[str, Callable[[], Target]] = {
     "safetensors": safetensors,
     "checkpoint": checkpoint,
@@ -644,4 +708,5 @@ MAKERS: dict[str, Callable[[], Target]] = {
     "entry": entry,
     "text": text,
     "card": card,
+    "settings": settings_file,
 }

@@ -6,11 +6,8 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from sq_stream.calibrate import budget as budgets
 from sq_stream.calibrate import calibration
 from sq_stream.calibrate.sketch import Sketch, read_sketch
 from sq_stream.calibrate.store import Store
-from sq_stream.demo import model_folder
 from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError, StorageError
 from sq_stream.events import Event, Note
 from sq_stream.formats.checkpoint import Checkpoint
@@ -207,6 +203,13 @@ def test_a_journal_without_its_records_is_not_taken_for_a_beginning(
     assert_same_bits(sketches, expected)
 
 
+def test_what_a_killed_start_over_left_is_removed(model: Model, interrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(interrupted, tmp_path / "cache")
+    (entry_of(tmp_path / "cache") / "journal.partial").write_bytes(b"half a line")
+    assert any("resuming" in note for note in run(model, tmp_path / "cache")[1])
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_two_at_once_are_refused(model: Model, tmp_path: Path) -> None:
     with calibrate(model, tmp_path):
         with pytest.raises(InterruptedJobError, match="another process is at work"):
@@ -291,47 +294,3 @@ def test_weights_that_are_not_finite_leave_nothing_behind(tmp_path: Path) -> Non
     with Checkpoint.open(folder) as checkpoint, pytest.raises(BadInputError, match="up_proj"):
         run((checkpoint, describe(checkpoint)), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB; needs the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("no right to mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_disk_that_others_fill_up(small_disk: Path, tmp_path: Path) -> None:
-    """The command line on a real full disk: exit code 6, and the same command goes on when there is room."""
-
-    def command(cache: Path) -> list[str]:
-        main = "from sq_stream.cli import console, main; console.JSON_INTERVAL = 0; main()"  # all progress is told
-        text = ["--ctx", "64", "--windows", "24", "--log-format", "json"]
-        return [sys.executable, "-c", main, "calibrate", str(model_folder()), *text, "--cache", str(cache)]
-
-    filler = small_disk / "filler"
-    with subprocess.Popen(command(small_disk), stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "layer 2 of" in line and not filler.exists():
-                with suppress(OSError):
-                    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
-        last = json.loads(line)
-    assert (process.returncode, last["kind"]) == (6, "storage")
-    assert "No space left on device" in last["message"]
-    (summary,) = Store(small_disk).list()
-    filler.unlink()
-    resumed = subprocess.run(command(small_disk), capture_output=True, text=True, check=True)
-    assert f"resuming the calibration: {summary.done} of" in resumed.stderr
-    subprocess.run(command(tmp_path / "whole"), capture_output=True, check=True)
-    whole, again = (
-        {path.name: path.read_bytes() for path in entry_of(folder).glob("*.sketch")}
-        for folder in (tmp_path / "whole", small_disk)
-    )
-    assert whole == again

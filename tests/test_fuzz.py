@@ -13,7 +13,15 @@ from pathlib import Path
 import fuzzing
 import pytest
 
-N_INPUTS = {"safetensors": 400, "sketch": 300, "config": 250, "text": 200, "card": 120, "checkpoint": 150}
+N_INPUTS = {
+    "safetensors": 400,
+    "sketch": 300,
+    "config": 250,
+    "text": 200,
+    "card": 120,
+    "checkpoint": 150,
+    "settings": 400,
+}
 FEWEST = 60
 MEMORY = 2**29
 SECONDS = 60

@@ -10,29 +10,17 @@ import fcntl
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import (
-    CALLS,
-    GROWS,
-    READS,
-    WRITES,
-    Fault,
-    Forge,
-    Outcome,
-    eval_arguments,
-    quantize_arguments,
-    report,
-    write_text,
-)
+from faults import CALLS, GROWS, READS, WRITES, Fault, Forge, eval_arguments, write_text
+from histories import History, Whole, empty, names
 
 from sq_stream.demo import model_folder
 from sq_stream.formats.journal import Journal, read_journal
@@ -40,97 +28,10 @@ from sq_stream.formats.journal import Journal, read_journal
 SEED = int(os.environ.get("SQ_STREAM_TEST_SEED", "1"))
 
 
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    forge = Forge(tmp_path_factory.mktemp("forge"))
-    yield forge
-    forge.close()
-
-
-class Whole:
-    """A quantize job that nothing happened to."""
-
-    def __init__(self, forge: Forge, *more: str) -> None:
-        empty(forge.work)
-        self.arguments = quantize_arguments(forge.folder, report(forge.folder), *more)
-        self.outcome = forge.run(self.arguments)
-        assert self.outcome.code == 0, self.outcome.message
-        self.names = names(forge.work)
-        self.bytes = (forge.work / "out.gguf").read_bytes()
-        self.cache = contents(forge.work / "cache")
-
-    def count(self, calls: tuple[str, ...]) -> int:
-        return sum(line.split()[0] in calls for line in self.outcome.calls)
-
-
-@pytest.fixture(scope="module")
-def whole(forge: Forge) -> Whole:
-    return Whole(forge)
-
-
-@pytest.fixture(scope="module")
-def best(forge: Forge) -> Whole:
-    return Whole(forge, "--effort=best")
-
-
 @pytest.fixture(params=["balanced", "best"])
 def job(request: pytest.FixtureRequest, whole: Whole) -> Whole:
     """Of either effort."""
     return whole if request.param == "balanced" else request.getfixturevalue("best")
-
-
-def empty(folder: Path) -> None:
-    for path in folder.iterdir() if folder.exists() else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(exist_ok=True)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*.sketch")}
-
-
-class History:
-    """The interrupted runs of one job, and what has to be true after each."""
-
-    def __init__(self, forge: Forge, whole: Whole) -> None:
-        empty(forge.work)
-        self.forge, self.whole = forge, whole
-        self.tensors: set[str] = set()  # finished
-        self.layers = {"calibrate": 0, "encode": 0}  # finished by each pass, in `encode` that of the effort best
-
-    def run(self, fault: Fault | None = None) -> Outcome:
-        outcome = self.forge.run(self.whole.arguments, fault)
-        assert not outcome.tensors & self.tensors, "a finished tensor was lost"
-        again = any("anew" in note or "first layer" in note for note in outcome.notes())
-        assert not (any(self.layers.values()) and again), "a finished layer was lost"
-        self.tensors |= outcome.tensors
-        for stage, n_finished in self.layers.items():
-            told = [e["tensor"] for e in outcome.log if e["event"] == "progress" and e["stage"] == stage]
-            started = [int(match[1]) for name in told if (match := re.fullmatch(r"layer (\d) of 2", name))]
-            assert all(layer > n_finished for layer in started), "a finished layer was lost"
-            self.layers[stage] = max([n_finished, *(layer - 1 for layer in started)])
-        output = self.forge.work / "out.gguf"
-        assert not output.exists() or output.read_bytes() == self.whole.bytes
-        return outcome
-
-    @property
-    def is_finished(self) -> bool:
-        """Killed after its last call."""
-        work = self.forge.work
-        return (work / "out.gguf").exists() and not (work / "out.gguf.journal").exists()
-
-    def finish(self) -> None:
-        """Run to the end, which is as if nothing had happened."""
-        if not self.is_finished:
-            outcome = self.run()
-            assert outcome.code == 0, outcome.message
-        assert names(self.forge.work) == self.whole.names
-        assert (self.forge.work / "out.gguf").read_bytes() == self.whole.bytes
-        assert contents(self.forge.work / "cache") == self.whole.cache
 
 
 def repeated(few: int, many: int) -> pytest.MarkDecorator:
@@ -171,6 +72,15 @@ def test_a_power_cut_at_any_call(forge: Forge, job: Whole, runs: int) -> None:
     interrupted_at_random(
         forge, job, runs, lambda r: {"kind": "power", "n": r.randint(1, n), "seed": r.randint(0, 2**30)}
     )
+
+
+def test_other_threads_and_memory_go_on(forge: Forge, job: Whole) -> None:
+    history = History(forge, job)
+    history.run({"kind": "kill", "n": job.count(WRITES) // 2})
+    outcome = forge.run([*job.arguments, "--threads", "2", "--max-ram", "1G"])
+    assert outcome.code == 0, outcome.message
+    assert any("resuming" in note for note in outcome.notes())
+    history.finish()
 
 
 @pytest.mark.parametrize("damage", [b"", None])

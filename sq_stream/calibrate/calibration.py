@@ -160,6 +160,8 @@ class Calibration:
 
     of_outputs: ClassVar[bool] = False
     """Whether the statistics are of what linears put out, not of what enters them."""
+    forward_passes: ClassVar[int] = 1
+    """That it takes as long as."""
     n_input: ClassVar[int] = 1
     """Arrays of the residual stream's shape that a layer is computed from."""
 

@@ -30,6 +30,7 @@ class Sensitivity(Calibration):
     """
 
     of_outputs = True
+    forward_passes = 4
     n_input = 2
 
     @staticmethod
@@ -71,6 +72,7 @@ def plan_sensitivity(
     threads: int,
     seed: int = 0,
     energy: float = 1.0,
+    vocabulary_bytes: int = 0,
 ) -> Sensitivity:
     """The most accurate second moments of output gradients that memory allows, of labels sampled with `seed`.
 
@@ -85,6 +87,7 @@ def plan_sensitivity(
         max_ram=max_ram,
         threads=threads,
         energy=energy,
+        vocabulary_bytes=vocabulary_bytes,
         afterwards=lambda planned: 0,
         settings={"gradients": VERSION, "seed": seed},
     )

@@ -17,6 +17,7 @@ from typing import Any
 from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sketch
 from sq_stream.errors import BadInputError, SqStreamError
 from sq_stream.events import Note, OnEvent, ignore
+from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.journal import Journal, read_journal
 from sq_stream.formats.storage import (
     Closing,
@@ -159,6 +160,8 @@ class Entry(Closing):
 
     def _find(self, on_event: OnEvent) -> Journal:
         """The journal that is there, or a new one."""
+        with storage_errors("deleting files in", self.folder):
+            partial_path(self.folder / JOURNAL).unlink(missing_ok=True)  # of a start over that was killed
         try:
             journal = _open_sound(self.folder, self._header)
         except BadInputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from sq_stream.errors import SqStreamError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +23,9 @@ FOLLOWERS = ("plan", "calibrate", "cache")
 """Commands that take what they share with `quantize` from its table, where their own does not say otherwise."""
 OF_ONE_RUN = frozenset(("quiet", "log_format", "summary"))
 """Parameters that each command has for itself."""
+MAX_BYTES = 2**16
+MAX_INTEGER = 2**63
+"""Whole numbers of TOML are below it; Python reads larger ones too."""
 
 Commands = tuple[str, ...]
 
@@ -48,12 +54,17 @@ def command_names(ctx: click.Context) -> Commands:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    from sq_stream.formats.storage import read_input
+    from sq_stream.formats.strict_json import shown
+
+    if str(path) == os.devnull:  # no settings at all
+        return {}
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise click.UsageError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.UsageError(f"{path} is no TOML file: {error}") from error
+        table: dict[str, Any] = tomllib.loads(read_input(path, MAX_BYTES).decode())
+    except SqStreamError as error:
+        raise click.UsageError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"{path} is no TOML file: {shown(str(error))}") from error
     return table
 
 
@@ -61,9 +72,11 @@ def _tables(
     ctx: click.Context, path: Path, command: click.Command, table: Mapping[str, Any], commands: Commands
 ) -> Iterator[tuple[Commands, dict[str, Any]]]:
     """The checked tables of `command` and its subcommands: values by parameter."""
+    from sq_stream.formats.strict_json import shown
+
     if isinstance(command, click.Group):
         for name, value in table.items():
-            where = ".".join((*commands, name))
+            where = ".".join((*commands, shown(name)))
             if not isinstance(value, dict):
                 example = ".".join((*commands, next(iter(command.commands))))
                 raise click.UsageError(f"{path}: {where} is outside of a command's table, such as [{example}]")
@@ -75,27 +88,29 @@ def _tables(
     where = f"{path}: [{'.'.join(commands)}]"
     for key in table:
         if key not in options:
-            raise click.UsageError(f"{where} {key} is no option of this command{_nearest(key, options)}")
+            raise click.UsageError(f"{where} {shown(key)} is no option of this command{_nearest(key, options)}")
     yield commands, {str(options[key].name): _value(ctx, f"{where} {key}", options[key], v) for key, v in table.items()}
 
 
 def _value(ctx: click.Context, where: str, option: click.Option, value: Any) -> Any:
     """`value` as it is in the file, if the option takes it."""
+    from sq_stream.formats.strict_json import brief, shown
+
     if option.is_flag:
         fits, expected = isinstance(value, bool), "true or false"
     elif option.multiple:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
         expected = 'a list of texts, as in ["a", "b"]'
     elif isinstance(option.type, click.types.IntParamType):
-        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        fits, expected = type(value) is int and abs(value) < MAX_INTEGER, "a whole number"
     else:
         fits, expected = isinstance(value, str), "a text in quotes"
     if not fits:
-        raise click.UsageError(f"{where} = {value!r}: expected {expected}")
+        raise click.UsageError(f"{where} = {brief(value)}: expected {expected}")
     try:
         option.type_cast_value(ctx, value)
     except click.BadParameter as error:
-        raise click.UsageError(f"{where}: {error.message}") from error
+        raise click.UsageError(f"{where}: {shown(error.message)}") from error
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class RoundedWeights:
         """Tensors of `maps` by GGUF name; `importance` [n_in] weighs the columns of those that it names."""
         self._maps, self._checkpoint, self._types, self._importance = maps, checkpoint, types, importance
         self._kept: dict[str, NDArray[np.uint8]] = {}
+        self._encoding = Lock()  # Numba's threads serve one caller at a time
 
     def keep(self, names: Iterable[str]) -> None:
         """Encode these tensors and keep their blocks, and no others' from now on."""
@@ -56,4 +58,5 @@ class RoundedWeights:
         from sq_stream.kernels.codec import encode
 
         x = self._maps[name].gather(self._checkpoint, rows)
-        return encode(x, self._types[name], self._importance.get(name))
+        with self._encoding:
+            return encode(x, self._types[name], self._importance.get(name))

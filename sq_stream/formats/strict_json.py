@@ -22,7 +22,15 @@ _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DEPTH = np.zeros(256, np.int8)
 _DEPTH[list(b"[{")], _DEPTH[list(b"]}")] = 1, -1
-_brief = reprlib.Repr()
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()
+        return super().repr_int(x, level) if bits < 10_000 else f"an integer of {bits} bits"  # Python prints no longer
+
+
+_brief = _Brief()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 80
 
 

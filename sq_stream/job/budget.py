@@ -16,6 +16,7 @@ from sq_stream.errors import DoesNotFitError
 from sq_stream.formats.blocks import BLOCK_TYPES, BlockType
 from sq_stream.parallel import SLAB
 from sq_stream.quantize.metric import DenseMetric, FactorMetric
+from sq_stream.quantize.rows import RowFeedback
 from sq_stream.units import format_size
 
 SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
@@ -121,6 +122,7 @@ def encoding_needs(
     threads: int,
     ranks: Mapping[int, int] | None = None,
     in_turn: bool = False,
+    two_sided: Collection[tuple[int, ...]] = (),
     kept: Collection[str] = (),
 ) -> EncodingNeeds:
     """What encoding needs, whatever `--max-ram` says.
@@ -131,6 +133,7 @@ def encoding_needs(
         threads: kernel threads.
         ranks: where tensors are shaped, the ranks of sketches by width; other widths are exact. None: none is shaped.
         in_turn: shaped tensors make up for the errors of others (see `calibrate.paired`).
+        two_sided: shapes whose rows make up for each other's errors too (see `quantize.rows`).
         kept: those of `kernel_uses` whose kernels need not be compiled.
     """
     uses = kernel_uses((block_type for _, block_type in tensors), shaped=ranks is not None)
@@ -141,8 +144,9 @@ def encoding_needs(
         if ranks is None or block_type.name not in SHAPED_TYPES:
             return TensorNeeds(0, BYTES_PER_WEIGHT, SLAB * n_in, n_weights)
         turn = (4 * n_in**2, BYTES_PER_WEIGHT_IN_TURN) if in_turn else (0, 0)
+        rows = RowFeedback.needed_bytes(shape[0], n_in, threads) if shape in two_sided else 0
         return TensorNeeds(
-            fixed=_metric_bytes(n_in, ranks.get(n_in), threads) + BLAS_BYTES * threads + turn[0],
+            fixed=_metric_bytes(n_in, ranks.get(n_in), threads) + BLAS_BYTES * threads + turn[0] + rows,
             per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // n_in + turn[1],
             least_tile=SLAB * n_in,
             n_weights=n_weights,
@@ -184,7 +188,7 @@ def make_budget(
     file_bytes: int,
     max_ram: int,
     threads: int,
-    calibration: Calibration | None = None,
+    passes: Sequence[Calibration] = (),
     pairing: Pairing | None = None,
 ) -> Budget:
     """Divide `max_ram` bytes among the parts of a job.
@@ -197,7 +201,7 @@ def make_budget(
         file_bytes: size of the finished file.
         max_ram: bytes of resident memory that the process may use at its peak.
         threads: kernel threads.
-        calibration: what comes before, if tensors are shaped.
+        passes: what comes before, if tensors are shaped.
         pairing: what goes on meanwhile, if they are so in their turn.
 
     Raises:
@@ -211,13 +215,14 @@ def make_budget(
     n_weights = sum(math.prod(shape) for shape, _ in tensors)
     tile = needs.largest_tile(max_ram)
     peak_ram, forward = likely.at(tile), 0.0
-    if calibration:
-        peak_ram = max(peak_ram, calibration.peak_ram)
-        forward = n_weights * calibration.n_tokens / MULTIPLICATIONS_PER_SECOND
+    if passes:
+        peak_ram = max(peak_ram, *(streamed.peak_ram for streamed in passes))
+        n_tokens = sum(streamed.forward_passes * streamed.n_tokens for streamed in passes)
+        forward = n_weights * n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
         if pairing:
             peak_ram = max(peak_ram, likely.program + pairing.working_ram)
-            forward += PAIRED_PASSES * n_weights * calibration.windows.size / MULTIPLICATIONS_PER_SECOND
+            forward += PAIRED_PASSES * n_weights * passes[0].windows.size / MULTIPLICATIONS_PER_SECOND
     else:
         encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)
     return Budget(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sq_stream.calibrate.gguf_weights import decoder_of
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.events import OnEvent, Progress, StageStarted, TensorFinished
 from sq_stream.formats.checkpoint import check_finite
@@ -19,13 +20,16 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.storage import storage_errors
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.tiles import row_tiles
-from sq_stream.parallel import Workers, one_kernel_thread, set_kernel_threads
+from sq_stream.parallel import Workers, set_kernel_threads
+from sq_stream.quantize.rows import RowFeedback
 from sq_stream.quantize.smooth import UNSCALED, Scaling
 
 if TYPE_CHECKING:
     from sq_stream.quantize.encode import Encoder
 
 Array = NDArray[np.float32]
+Wanted = Callable[[Array, slice], Array]
+"""What is to be encoded in the place of some scaled rows w [n, n_in] of a tensor; it is told which they are."""
 
 
 class Encoding:
@@ -34,6 +38,7 @@ class Encoding:
     Args:
         plan: the job.
         sketches: of what enters the linears, smoothed; None: the weights are all that is known.
+        gradients: of what their outputs get, smoothed, where `plan.turns` asks for them.
         scalings: what tensors are multiplied by, by name.
         file: the partial file.
         journal: told of each tensor when it is on disk.
@@ -45,13 +50,14 @@ class Encoding:
         self,
         plan: Plan,
         sketches: Sketches | None,
+        gradients: Sketches | None,
         scalings: Mapping[str, Scaling],
         file: GGUFFile,
         journal: Journal,
         checksums: dict[str, int],
         on_event: OnEvent,
     ) -> None:
-        self.plan, self.sketches, self.scalings = plan, sketches, scalings
+        self.plan, self.sketches, self.gradients, self.scalings = plan, sketches, gradients, scalings
         self.file, self.journal, self.checksums = file, journal, checksums
         self._on_event = on_event
         self._n_done = sum(_n_weights(t) for t in plan.tensors if t.source.name in checksums)
@@ -66,10 +72,10 @@ class Encoding:
         from sq_stream.job.in_turn import encode_in_turn
         from sq_stream.quantize.encode import make_encoder
 
-        in_turn = self.plan.pairing.linears if self.plan.pairing else frozenset()
+        in_turn = self.plan.turns.pairing.linears if self.plan.turns else frozenset()
         self._on_event(StageStarted("encode", self.plan.n_weights))
         set_kernel_threads(self.plan.settings.threads)
-        with Workers(self.plan.settings.threads, one_kernel_thread) as workers:
+        with Workers(self.plan.settings.threads) as workers:
             for tensor in self.plan.tensors:
                 name = tensor.source.name
                 if name not in self.checksums and name not in in_turn:
@@ -83,26 +89,44 @@ class Encoding:
         self._on_event(Progress("encode", what, self._n_done + n_encoded, self.plan.n_weights))
 
     def encode(
-        self, tensor: PlannedTensor, encode: Encoder, wanted: Callable[[Array, slice], Array] = lambda w, rows: w
+        self,
+        tensor: PlannedTensor,
+        encode: Encoder,
+        wanted: Wanted = lambda w, rows: w,
+        feedback: RowFeedback | None = None,
     ) -> None:
-        """Encode one tensor in row tiles; after this it need not be encoded again.
-
-        `wanted` says what is to be encoded in the place of the scaled rows w [n, n_in], and is told which they are.
-        """
-        source, crc = tensor.source, 0
-        scaling = self.scalings.get(source.name, UNSCALED)
-        for rows in row_tiles(source.n_rows, source.n_in, self.plan.budget.tile_weights):
-            x = source.read(self.plan.checkpoint, rows.start, rows.stop)  # [n_tile, n_in]
-            check_finite(x, source.source or source.name, rows.start)
-            data = encode(wanted(scaling.apply(x, rows), rows))  # [n_tile, row_bytes]
+        """Encode one tensor in row tiles, or as a whole if there is feedback between its rows; then it is done."""
+        crc = 0
+        for rows, data in self._blocks(tensor, encode, wanted, feedback):
             self.file.write_rows(tensor.layout, rows.start, data)
             crc = zlib.crc32(data.data, crc)
-            self.tell(source.name, rows.stop * source.n_in)
+            self.tell(tensor.source.name, rows.stop * tensor.source.n_in)
         self.file.sync()
-        self.journal.append({"tensor": source.name, "crc32": crc})
-        self.checksums[source.name] = crc
+        self.journal.append({"tensor": tensor.source.name, "crc32": crc})
+        self.checksums[tensor.source.name] = crc
         self._n_done += _n_weights(tensor)
-        self._on_event(TensorFinished(source.name, tensor.type.name, _n_weights(tensor), tensor.layout.n_bytes))
+        self._on_event(TensorFinished(tensor.source.name, tensor.type.name, _n_weights(tensor), tensor.layout.n_bytes))
+
+    def _blocks(
+        self, tensor: PlannedTensor, encode: Encoder, wanted: Wanted, feedback: RowFeedback | None
+    ) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+        """Blocks of a tensor, and of which rows they are."""
+        tiles = self._tiles(tensor, wanted)
+        if feedback is None:
+            yield from ((rows, encode(x)) for rows, x in tiles)
+            return
+        whole = np.empty((tensor.source.n_rows, tensor.source.n_in), np.float32)
+        for rows, x in tiles:
+            whole[rows] = x
+        yield slice(0, len(whole)), feedback.encode(whole, encode, decoder_of(tensor.type))
+
+    def _tiles(self, tensor: PlannedTensor, wanted: Wanted) -> Iterator[tuple[slice, Array]]:
+        """What is to be encoded, in tiles [n_tile, n_in], and which rows these are."""
+        source, scaling = tensor.source, self.scalings.get(tensor.source.name, UNSCALED)
+        for rows in row_tiles(source.n_rows, source.n_in, self.plan.budget.tile_weights):
+            x = source.read(self.plan.checkpoint, rows.start, rows.stop)
+            check_finite(x, source.source or source.name, rows.start)
+            yield rows, wanted(scaling.apply(x, rows), rows)
 
 
 def streams_folder(output: Path) -> Path:

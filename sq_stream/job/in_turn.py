@@ -22,10 +22,11 @@ from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import Site
 from sq_stream.parallel import Workers
 from sq_stream.quantize.encode import make_encoder
+from sq_stream.quantize.rows import RowFeedback
 
 
 def encode_in_turn(encoding: Encoding, workers: Workers) -> None:
-    """Encode the linears of `plan.pairing` that are not done; all other tensors must be.
+    """Encode the linears of `plan.turns` that are not done; all other tensors must be.
 
     Raises:
         BadInputError: weights or activations are NaN or infinite, or the journal is damaged.
@@ -51,13 +52,13 @@ class _Turns:
     def __init__(self, encoding: Encoding, file: GGUFReader, workers: Workers) -> None:
         plan = encoding.plan
         assert plan.calibration is not None
-        assert plan.pairing is not None
-        self._encoding, self._workers, self._pairing = encoding, workers, plan.pairing
+        assert plan.turns is not None
+        self._encoding, self._workers, self._pairing = encoding, workers, plan.turns.pairing
         self._tensors = {tensor.source.name: tensor for tensor in plan.tensors}
-        self._stage = ""
+        self._two_sided, self._stage = plan.turns.two_sided, ""
         decoder, folder = plan.calibration.decoder, streams_folder(plan.settings.output)
         fit = into_batches(plan.calibration.windows)
-        batches = [*fit, *into_batches(plan.pairing.held)]
+        batches = [*fit, *into_batches(self._pairing.held)]
         reference, quantized = plan.calibration.reader, LayerReader(_as_stored(plan), GGUFWeights(file))
         self._quantized = quantized
         self._pass = PairedPass(
@@ -93,9 +94,15 @@ class _Turns:
             tensor = self._tensors[name]
             encode = make_encoder(tensor.type, meeting.sketch, self._workers)
             if tensor.type.name in SHAPED_TYPES:
-                self._encoding.encode(tensor, encode, partial(meeting.wanted, workers=self._workers))
+                self._encoding.encode(tensor, encode, partial(meeting.wanted, workers=self._workers), self._rows(name))
             else:
                 self._encoding.encode(tensor, encode)
+
+    def _rows(self, name: str) -> RowFeedback | None:
+        """How the rows of a linear make up for each other's errors, if they do."""
+        if self._encoding.gradients is None or name not in self._two_sided:
+            return None
+        return RowFeedback(self._encoding.gradients[name], self._workers)
 
     def _layer(self, i: int) -> Mapping[str, Any]:
         """Tensors of layer i as they are in the file; those that are not yet are zero."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sq_stream.calibrate.calibration import Calibration
-from sq_stream.calibrate.pairing import Pairing, pairings
+from sq_stream.calibrate.pairing import pairings
 from sq_stream.errors import StorageError, UsageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
@@ -22,6 +22,7 @@ from sq_stream.job.budget import Budget, check_disk, encoding_needs, kernel_uses
 from sq_stream.job.identity import general_entries
 from sq_stream.job.settings import Settings
 from sq_stream.job.statistics import Statistics, find_statistics
+from sq_stream.job.turns import Turns, plan_turns
 from sq_stream.kernels.cache import kept_kernels
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
@@ -54,7 +55,7 @@ class Plan:
     layout: FileLayout
     budget: Budget
     statistics: Statistics | None = None
-    pairing: Pairing | None = None  # the pass in which linears are encoded in their turn, if they are
+    turns: Turns | None = None  # of the effort best
     notes: tuple[str, ...] = ()  # what the user should know
 
     @property
@@ -130,19 +131,23 @@ def make_plan(settings: Settings) -> Plan:
     calibration = statistics.calibration if statistics else None
     ranks = calibration.ranks if calibration else None
     uses = kernel_uses((choice.block_type for choice in choices), shaped=ranks is not None)
-    encoding, pairing = needs(ranks=ranks, in_turn=in_turn), None
-    if in_turn and statistics and calibration and statistics.convergence is not None:
-        ways = pairings(calibration, statistics.convergence, settings.threads)
-        pairing = next(way for way in ways if encoding.program + way.working_ram <= settings.max_ram)
+    needs = partial(needs, ranks=ranks, in_turn=in_turn)
+    turns = plan_turns(
+        statistics,
+        {t.name: (t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)},
+        lambda two_sided: needs(two_sided=two_sided),
+        settings,
+    )
+    needs = partial(needs, two_sided=frozenset(turns.two_sided.values() if turns else ()))
     budget = make_budget(
         shapes,
-        encoding,
-        needs(ranks=ranks, in_turn=in_turn, kept=kept_kernels(uses)),
+        needs(),
+        needs(kept=kept_kernels(uses)),
         file_bytes=layout.total_bytes,
         max_ram=settings.max_ram,
         threads=settings.threads,
-        calibration=calibration,
-        pairing=pairing,
+        passes=statistics.passes if statistics else (),
+        pairing=turns.pairing if turns else None,
     )
     tensors = tuple(
         PlannedTensor(source, place, choice.reason)
@@ -151,7 +156,7 @@ def make_plan(settings: Settings) -> Plan:
     left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
     of_text = statistics.notes if statistics else ()
     notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *of_text, *left_out)
-    return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, pairing, notes)
+    return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, turns, notes)
 
 
 def check_place(output: Path) -> None:
@@ -197,5 +202,6 @@ def check_output(plan: Plan) -> None:
     reserved = partial.stat().st_blocks * 512 if partial.exists() else 0
     needed = plan.budget.peak_disk - reserved
     check_disk(output.parent, needed)
-    if plan.calibration is not None and plan.calibration.pending:
-        plan.calibration.check_disk(output.parent, needed)
+    for streamed in plan.statistics.passes if plan.statistics else ():
+        if streamed.pending:
+            streamed.check_disk(output.parent, needed)

@@ -121,13 +121,15 @@ def _journal_path(plan: Plan) -> Path:
 def _identity(plan: Plan) -> dict[str, Any]:
     """Everything that the bytes of the file depend on, by the names that the user is told: JSON values."""
     digests = plan.statistics.digests if plan.statistics else {}
-    calibrated = plan.calibration.identity if plan.calibration else {}
+    ranks = [streamed.ranks for streamed in plan.statistics.passes] if plan.statistics else []
+    accuracy = [{str(width): rank for width, rank in of.items()} for of in ranks]
     return {
         "version of sq-stream": __version__,
         "checkpoint": plan.checkpoint.fingerprint(),
         **plan.settings.choices(),
         "calibration text": digests.get("calib"),
         "importance matrix": digests.get("imatrix"),
-        "accuracy of the calibration (--max-ram)": calibrated.get("ranks"),
+        "accuracy of the calibration (--max-ram)": accuracy,
+        "linears shaped two-sidedly (--max-ram)": len(plan.turns.two_sided) if plan.turns else 0,
         HEADER: hashlib.sha256(plan.layout.header).hexdigest(),
     }

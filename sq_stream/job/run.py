@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.errors import RESUMES, InterruptedJobError, StorageError
@@ -80,12 +80,14 @@ def _produce(plan: Plan, file: GGUFFile, journal: Journal, on_event: OnEvent, *,
     checksums = checksums_in(journal.path, journal.records)
     types = [tensor.type for tensor in plan.tensors if tensor.source.name not in checksums]
     to_measure = measured and not is_measured(plan, journal)
-    sketches = None
-    if plan.statistics is not None and (len(checksums) < len(plan.tensors) or to_measure):
-        sketches = gather(plan.statistics, plan.settings, plan.spec, on_event)
-    with sketches or nullcontext():
+    sketches = gradients = None
+    with ExitStack() as stack:
+        if plan.statistics is not None and (len(checksums) < len(plan.tensors) or to_measure):
+            sketches = stack.enter_context(gather(plan.statistics, plan.settings, plan.spec, on_event))
         scalings = _smooth(plan, sketches)
-        Encoding(plan, sketches, scalings, file, journal, checksums, on_event).run()
+        if plan.turns is not None and not checksums.keys() >= plan.turns.two_sided.keys():
+            gradients = stack.enter_context(_gradients(plan, scalings, on_event))
+        Encoding(plan, sketches, gradients, scalings, file, journal, checksums, on_event).run()
         if to_measure:
             measure(plan, sketches, scalings, journal, file.partial, on_event)
     with GGUFReader.open(file.partial) as reader:
@@ -103,6 +105,15 @@ def _remember_kernels(types: Sequence[BlockType], *, shaped: bool, on_event: OnE
             mark_kept(kernel_uses(types, shaped=shaped) | decoder_uses(types))
     else:
         on_event(Note(f"compiled kernels could not be kept ({failure}): the next run compiles them again"))
+
+
+def _gradients(plan: Plan, scalings: Mapping[str, Scaling], on_event: OnEvent) -> Sketches:
+    """Statistics of what the outputs of linears get, as their rows are scaled."""
+    assert plan.statistics is not None
+    assert plan.statistics.sensitivity is not None
+    gradients = plan.statistics.sensitivity.run(on_event)
+    gradients.smooth({name: scaling.rows for name, scaling in scalings.items() if scaling.rows is not None})
+    return gradients
 
 
 def _smooth(plan: Plan, sketches: Sketches | None) -> dict[str, Scaling]:

@@ -6,13 +6,12 @@ Source of the layouts: the `block_*` structs of llama.cpp's ggml-common.h and `d
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sq_stream.kernels.floats import fp16_value
 from sq_stream.kernels.jit import jit
 
 _leaf = jit()
-_driver = jit(parallel=True)
+_driver = jit(nogil=True)  # serial: several threads of a pass decode at once, which not every layer of Numba's may
 
 
 @_leaf
@@ -23,7 +22,7 @@ def _half(block, at):
 @_driver
 def decode_q8_0(blocks, x):
     """Decode blocks [n_rows, n_blocks, 34] into x [n_rows, n_blocks, 32]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for b in range(x.shape[1]):
             _decode_q8_0(blocks[row, b], x[row, b])
 
@@ -38,7 +37,7 @@ def _decode_q8_0(block, x):
 @_driver
 def decode_q5_0(blocks, x):
     """Decode blocks [n_rows, n_blocks, 22] into x [n_rows, n_blocks, 32]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for b in range(x.shape[1]):
             _decode_q5_0(blocks[row, b], x[row, b])
 
@@ -54,7 +53,7 @@ def _decode_q5_0(block, x):
 @_driver
 def decode_q5_1(blocks, x):
     """Decode blocks [n_rows, n_blocks, 24] into x [n_rows, n_blocks, 32]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for b in range(x.shape[1]):
             _decode_q5_1(blocks[row, b], x[row, b])
 
@@ -81,7 +80,7 @@ def _codes_5_bits(fifth_bits, nibbles, codes):
 @_driver
 def decode_q4_k(blocks, x):
     """Decode blocks [n_rows, n_blocks, 144] into x [n_rows, n_blocks, 256]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for b in range(x.shape[1]):
             _decode_k(blocks[row, b], 16, x[row, b])
 
@@ -89,7 +88,7 @@ def decode_q4_k(blocks, x):
 @_driver
 def decode_q5_k(blocks, x):
     """Decode blocks [n_rows, n_blocks, 176] into x [n_rows, n_blocks, 256]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for b in range(x.shape[1]):
             _decode_k(blocks[row, b], 48, x[row, b])
 
@@ -115,7 +114,7 @@ def _decode_k(block, nibbles_at, x):
 @_driver
 def decode_q6_k(blocks, x):
     """Decode blocks [n_rows, n_blocks, 210] into x [n_rows, n_blocks, 256]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for b in range(x.shape[1]):
             _decode_q6_k(blocks[row, b], x[row, b])
 

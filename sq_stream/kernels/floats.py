@@ -6,7 +6,6 @@ Source of the branch-free conversions: F. Giesen, "Float->half variants" and "Ha
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sq_stream.kernels.jit import jit
 
@@ -69,13 +68,13 @@ def storable_bits(x):
     return np.uint16(bits | np.uint32(1)) if vanished else np.uint16(bits)
 
 
-_driver = jit(parallel=True)
+_driver = jit(nogil=True)  # serial, as in `decode`
 
 
 @_driver
 def encode_f16(x, bits):
     """Round x [n_rows, n_in] to bits, uint16 [n_rows, n_in]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for i in range(x.shape[1]):
             bits[row, i] = fp16_bits(x[row, i])
 
@@ -83,7 +82,7 @@ def encode_f16(x, bits):
 @_driver
 def decode_f16(bits, x):
     """Values of bits, uint16 [n_rows, n_in], in x [n_rows, n_in]."""
-    for row in prange(len(x)):
+    for row in range(len(x)):
         for i in range(x.shape[1]):
             x[row, i] = fp16_value(bits[row, i])
 
@@ -91,7 +90,7 @@ def decode_f16(bits, x):
 @_driver
 def encode_bf16(x_bits, bits):
     """Round x_bits, uint32 [n_rows, n_in] of float32 values, to nearest even in bits, uint16 [n_rows, n_in]."""
-    for row in prange(len(x_bits)):
+    for row in range(len(x_bits)):
         for i in range(x_bits.shape[1]):
             odd = (x_bits[row, i] >> np.uint32(16)) & np.uint32(1)
             bits[row, i] = np.uint16(np.uint32(x_bits[row, i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
@@ -100,6 +99,6 @@ def encode_bf16(x_bits, bits):
 @_driver
 def decode_bf16(bits, x_bits):
     """Widen bits, uint16 [n_rows, n_in], to x_bits, uint32 [n_rows, n_in] of float32 values."""
-    for row in prange(len(bits)):
+    for row in range(len(bits)):
         for i in range(bits.shape[1]):
             x_bits[row, i] = np.uint32(bits[row, i]) << np.uint32(16)

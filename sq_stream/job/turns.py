@@ -1,0 +1,53 @@
+"""Which linears the effort best encodes in their turn, and which of them by the gradients of their outputs too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sq_stream.calibrate.pairing import Pairing, pairings
+from sq_stream.formats.blocks import BlockType
+from sq_stream.job.budget import SHAPED_TYPES, EncodingNeeds
+from sq_stream.job.settings import Settings
+from sq_stream.job.statistics import Statistics
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """How the effort best encodes."""
+
+    pairing: Pairing  # the pass in which linears have their turn
+    two_sided: Mapping[str, Shape]  # those of them whose rows make up for each other's errors (`quantize.rows`)
+
+
+def plan_turns(
+    statistics: Statistics | None,
+    tensors: Mapping[str, tuple[Shape, BlockType]],
+    needs: Callable[[frozenset[Shape]], EncodingNeeds],
+    settings: Settings,
+) -> Turns | None:
+    """What memory allows of it; None for other efforts.
+
+    Args:
+        statistics: of the job. It has calibrated.
+        tensors: of the output.
+        needs: of encoding them, when linears of some shapes are two-sided.
+        settings: of the job.
+    """
+    if settings.effort != "best" or statistics is None or statistics.calibration is None:
+        return None
+    assert statistics.convergence is not None
+    program = needs(frozenset()).program
+    ways = pairings(statistics.calibration, statistics.convergence, settings.threads)
+    pairing = next(way for way in ways if program + way.working_ram <= settings.max_ram)
+    if statistics.sensitivity is None:
+        return Turns(pairing, {})
+    own = {
+        name: shape
+        for name, (shape, block_type) in tensors.items()
+        if name in pairing.linears - {"output.weight"} and block_type.name in SHAPED_TYPES
+    }
+    fitting = {shape for shape in own.values() if needs(frozenset({shape})).smallest <= settings.max_ram}
+    return Turns(pairing, {name: shape for name, shape in own.items() if shape in fitting})
