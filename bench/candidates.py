@@ -81,12 +81,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @dataclass(frozen=True)
 class File:
-    """A finished file; `seconds` and `peak_bytes` are what our command took to make it, None where none did."""
+    """A finished file, and what our command took to make it: None where none did, or where that is not known.
+
+    `cpu_seconds` are those of all threads, which other work on the machine hardly changes.
+    """
 
     name: str
     path: Path
     sha256: str
     seconds: float | None = None
+    cpu_seconds: float | None = None
     peak_bytes: int | None = None
 
 
@@ -207,13 +211,14 @@ class Workshop:
         if path.exists() and (same or self.reuse):
             digest = sha256(path)
             if digest == note.get("sha256"):
-                return File(name, path, digest, note["seconds"], note["peak_bytes"])
+                return File(name, path, digest, note["seconds"], note.get("cpu_seconds"), note["peak_bytes"])
             if self.reuse:
                 return File(name, path, digest)
         print(f"making {path.name}", file=sys.stderr, flush=True)
         write_atomically(note_path, lambda partial: partial.write_text(json.dumps({"made_from": made_from})))
         run = make(not same)
-        file = File(name, path, sha256(path), run and run.seconds, run and run.peak_bytes)
+        took = (run.seconds, run.cpu_seconds, run.peak_bytes) if run else ()
+        file = File(name, path, sha256(path), *took)
         note = {**asdict(file), "path": path.name, "made_from": made_from}
         write_atomically(note_path, lambda partial: partial.write_text(json.dumps(note, indent=1) + "\n"))
         return file

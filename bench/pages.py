@@ -20,16 +20,16 @@ mean and how files and texts were made is said in [the comparison](comparison.md
 "Recovered" is the part of the KL divergence, or of the loss gap to BF16, of "{baseline}" that is gone; more
 than all of a loss gap is a loss under that of BF16, which is chance or fitting, and no merit.
 
-```sh
-{command}
-```
-
 """
+COMMAND = """```sh
+{command}
+```"""
+REUSED = "The files lay in the folder already (`--reuse`): some were made by earlier versions of the source."
 
 
 def document(report: Mapping[str, Any]) -> str:
     """The page docs/results.md."""
-    start = INTRODUCTION.format(baseline=BASELINE, command=report["command"])
+    start = INTRODUCTION.format(baseline=BASELINE)
     return start + "".join(_section(model, f"results-{model['model']}.svg") for model in report["models"])
 
 
@@ -55,7 +55,7 @@ def _chart(model: Mapping[str, Any]) -> str:
 
 def _section(model: Mapping[str, Any], chart: str | None = None) -> str:
     parts = [f"## {model['model']}", *([f"![Mean KL divergence of every file]({chart})"] if chart else [])]
-    parts.append(_release_table(model))
+    parts += [COMMAND.format(command=model["command"]), *([REUSED] if model["reuse"] else []), _release_table(model)]
     for text in model["texts"]:
         rows = [row for row in model["results"] if row["text"] == text["name"]]
         title = f"### {text['name']}: {text['n_windows']} windows of {text['n_ctx']} tokens"
@@ -132,8 +132,12 @@ def bars_table(bars: Rows, skip: int) -> str:
 def _costs_table(files: Rows) -> str:
     """What our commands took."""
     rows = (
-        [file["name"], f"{file['seconds']:.0f}", f"{file['peak_bytes'] / MIB:.0f}"]
+        [file["name"], _seconds(file["seconds"]), _seconds(file["cpu_seconds"]), f"{file['peak_bytes'] / MIB:.0f}"]
         for file in files
-        if file["seconds"] is not None and file["peak_bytes"] is not None
+        if file["peak_bytes"] is not None
     )
-    return _table(["command's file", "seconds", "peak memory, MiB"], rows)
+    return _table(["command's file", "seconds", "processor seconds", "peak memory, MiB"], rows)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.0f}"

@@ -50,7 +50,7 @@ LONG = {
     "bars": "reference",
 }
 DEMO = model_folder().resolve()
-SETTINGS = ("calib_windows", "max_ram", "threads", "skip", "bars")
+SETTINGS = ("calib_windows", "max_ram", "threads", "skip", "bars", "reuse")
 
 
 def name_of(model_dir: Path) -> str:
@@ -85,6 +85,7 @@ def measure(model_dir: Path, folder: Path, arguments: argparse.Namespace) -> dic
     bars.append(memory_bar(made, arguments.max_ram))
     return {
         "model": name_of(model_dir),
+        "command": command(arguments),
         **{name: getattr(arguments, name) for name in SETTINGS},
         "texts": texts,
         "results": [asdict(result) for result in results],
@@ -110,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--reuse", action="store_true", help="take the files in --folder, whatever code and options made them")
     add("--render", type=Path, metavar="STEM.json", help="measure nothing: take the figures of an earlier run")
     add("--report", type=Path, metavar="STEM", help="write STEM.json, STEM.md and a chart of each model")
-    add("--docs", type=Path, metavar="FOLDER", help="write the page results.md there, its figures and its charts")
+    add("--docs", type=Path, metavar="FOLDER", help="write its page results.md, figures and charts; other models stay")
     arguments = parser.parse_args()
     for name, value in (SHORT if arguments.short else LONG).items():
         if getattr(arguments, name) is None:
@@ -133,7 +134,16 @@ def command(arguments: argparse.Namespace) -> str:
     options += [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     options += [f"--files '{arguments.files.pattern}'"] if arguments.files.pattern else []
     options += [f"--text {text.name}={text.path.name}:{text.n_windows}x{text.n_ctx}" for text in arguments.text]
+    options += ["--reuse"] if arguments.reuse else []
     return " ".join(["python bench/recovery.py", *options, "--folder FOLDER --docs docs"])
+
+
+def with_earlier(report: dict[str, Any], stem: Path) -> dict[str, Any]:
+    """The figures of `stem`, if there are any, with those of the models of `report` replaced or added."""
+    path = stem.with_suffix(".json")
+    earlier = json.loads(path.read_text())["models"] if path.exists() else []
+    models = {model["model"]: model for model in [*earlier, *report["models"]]}
+    return {"models": list(models.values())}
 
 
 def write(report: dict[str, Any], stem: Path, text: str) -> None:
@@ -154,17 +164,18 @@ def main() -> None:
             folder = arguments.folder or Path(scratch)
             models = {name_of(path): path for path in arguments.model_dir}
             report = {
-                "command": command(arguments),
                 "models": [
                     measure(path, folder / name if len(models) > 1 else folder, arguments)
                     for name, path in models.items()
-                ],
+                ]
             }
     print(markdown(report))
     if arguments.report:
         write(report, arguments.report, markdown(report))
     if arguments.docs:
-        write(report, arguments.docs / "results", document(report))
+        stem = arguments.docs / "results"
+        page = with_earlier(report, stem)
+        write(page, stem, document(page))
     sys.exit(0 if all(bar["met"] for model in report["models"] for bar in model["bars"]) else 1)
 
 

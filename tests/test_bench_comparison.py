@@ -20,6 +20,7 @@ import bars
 import candidates
 import divergence
 import pages
+import recovery
 from texts import TextFile
 
 from sq_stream.demo import model_folder
@@ -171,9 +172,10 @@ def report() -> dict[str, Any]:
     ]
     bar = asdict(bars.Bar("a", "a bar", 0.2, (0.1, 0.3), 0.2, 0.27, at_least=False, met=True))
     texts = [{"name": "a", "n_windows": 2, "n_ctx": 8, "sha256": ""}]
-    files = [{"name": "BF16", "seconds": 2.0, "peak_bytes": 2**28}, {"name": names[1], "seconds": None}]
-    model = {"model": "m", "skip": 1, "max_ram": "1G", "texts": texts, "results": results, "bars": [bar]}
-    return {"command": "python bench/recovery.py m", "models": [{**model, "files": files}]}
+    took = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 2**28}
+    files = [{"name": "BF16", **took}, {"name": names[1], **dict.fromkeys(took)}]
+    model = {"model": "m", "skip": 1, "max_ram": "1G", "reuse": False, "texts": texts, "results": results}
+    return {"models": [{**model, "command": "python bench/recovery.py m", "bars": [bar], "files": files}]}
 
 
 def test_pages_show_every_figure():
@@ -181,11 +183,21 @@ def test_pages_show_every_figure():
     assert name == "results-m.svg"
     assert "![Mean KL divergence of every file](results-m.svg)" in page
     assert "| q4_k_m-pure, llama.cpp | 4.50 | 101.0 | 0.1000 | 3.0000 |" in page
-    assert "| BF16 | 2 | 256 |" in page
+    assert "| BF16 | 2 | 3 | 256 |" in page
+    assert "\npython bench/recovery.py m\n" in page
     assert page.count("50.0%") == 3
     drawing = ElementTree.fromstring(svg)
     assert len(drawing.findall(".//{*}rect")) == 2  # all but the reference
     assert "q4_k_m-pure, sq-stream balanced" in svg
+
+
+def test_a_page_keeps_the_models_that_are_not_measured_again(tmp_path):
+    model, stem = report()["models"][0], tmp_path / "results"
+    assert recovery.with_earlier({"models": [model]}, stem) == {"models": [model]}
+    stem.with_suffix(".json").write_text(json.dumps({"models": [{**model, "command": "old"}, {**model, "model": "n"}]}))
+    page = recovery.with_earlier({"models": [model]}, stem)
+    assert [(m["model"], m["command"]) for m in page["models"]] == [("m", model["command"]), ("n", model["command"])]
+    assert "results-n.svg" in pages.document(page)
 
 
 def test_the_page_in_docs_is_made_of_its_figures():

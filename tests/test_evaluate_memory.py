@@ -36,7 +36,7 @@ def evaluate(model: Path, tmp_path: Path, *options: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-@pytest.mark.parametrize("max_ram", ["520M", "700M", "2G"])
+@pytest.mark.parametrize("max_ram", ["560M", "700M", "2G"])
 def test_a_real_model_keeps_to_its_plan(
     model: Path, max_ram: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

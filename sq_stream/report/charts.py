@@ -16,6 +16,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 FONT = 12.0
 _CHARACTER = 0.6 * FONT  # average width, of a wide font
+_BOLD = 0.7 * FONT  # the same of labels of main lines
 _LINE = 1.15 * FONT  # height of a line of text
 
 
@@ -92,12 +93,12 @@ def plot(
         height: of the drawing.
         bands: where parts of the horizontal axis begin, and their names, in order.
     """
-    widest = max((len(text) for line in lines for text in line.label.split("\n")), default=0)
+    label_width = max((_label_width(line) for line in lines), default=0.0)
     frame = Frame(
         width,
         height,
         left=6 + _CHARACTER * max(len(text) for _, text in y.ticks),
-        right=8 + _CHARACTER * widest,
+        right=8 + label_width,
         top=_LINE * (bool(y.label) + bool(bands)) + 8,
         bottom=(2 if x.label else 1) * _LINE + 6,
         x=x,
@@ -107,6 +108,14 @@ def plot(
     parts += [_line(frame, line) for line in lines]
     parts.append(_labels(frame, lines))
     return _svg(width, height, title, description, parts)
+
+
+def _label_width(line: Line) -> float:
+    return max(map(len, line.label.split("\n"))) * (_BOLD if _is_main(line) else _CHARACTER)
+
+
+def _is_main(line: Line) -> bool:
+    return line.kind.startswith("main")
 
 
 def _svg(width: float, height: float, title: str, description: str, parts: Iterable[str]) -> Markup:
@@ -158,7 +167,7 @@ def _line(frame: Frame, line: Line) -> Markup:
     if not places:
         return Markup("")
     if line.kind.endswith("points"):
-        kind = "main" if line.kind == "main points" else "other"
+        kind = "main" if _is_main(line) else "other"
         return Markup("").join(
             Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"/>').format(kind, _n(x), _n(y)) for x, y in places
         )
@@ -182,7 +191,7 @@ def _labels(frame: Frame, lines: Sequence[Line]) -> Markup:
     for line, top in zip(labelled, tops, strict=True):
         points = line.kind.endswith("points")
         x = _end(frame, line)[0] + 8 if points else frame.width - frame.right + 6
-        kind = "label main" if line.kind.startswith("main") else "label"
+        kind = "label main" if _is_main(line) else "label"
         for i, text in enumerate(line.label.split("\n")):
             parts.append(_text(x, top + i * _LINE + 0.85 * FONT, text, kind))
     return Markup("").join(parts)

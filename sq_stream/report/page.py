@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ FILTERS = {
     "duration": duration,
     "integer": integer,
     "percent": percent,
+    "quote": shlex.quote,
     "significant": significant,
     "size": format_size,
 }
