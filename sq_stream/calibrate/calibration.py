@@ -127,7 +127,7 @@ class Calibration:
 
     def _complete(self, on_event: OnEvent) -> Entry:
         """The entry of the store, with all of its steps done."""
-        about = {"model": self.model, "n_tokens": self.windows.size}
+        about = {"model": self.model, "n_tokens": self.windows.size, "of": "outputs" if self.of_outputs else "inputs"}
         entry = self.store.open(self.identity, about, self.n_steps, on_event)
         resumed = entry.done > 0
         try:

@@ -44,6 +44,7 @@ class Summary:
     key: str
     model: str  # name of the checkpoint's folder
     n_tokens: int
+    of: str  # what the statistics are of: linears' inputs, or the gradients of their outputs
     done: int  # steps
     steps: int
     n_bytes: int
@@ -306,12 +307,12 @@ def _summarize(folder: Path) -> Summary | None:
     try:
         header, records, _ = read_journal(folder / JOURNAL)
         about, steps = header["about"], header["steps"]
-        model, n_tokens = about["model"], about["n_tokens"]
-        if not (isinstance(model, str) and type(n_tokens) is int and type(steps) is int):
+        model, n_tokens, of = about["model"], about["n_tokens"], about.get("of", "inputs")
+        if not (isinstance(model, str) and isinstance(of, str) and type(n_tokens) is int and type(steps) is int):
             raise TypeError("no summary")
-        return Summary(folder.name, model, n_tokens, len(records), steps, _bytes_in(folder))
+        return Summary(folder.name, model, n_tokens, of, len(records), steps, _bytes_in(folder))
     except (SqStreamError, KeyError, TypeError):
-        return Summary(folder.name, "damaged", 0, 0, 1, _bytes_in(folder))
+        return Summary(folder.name, "damaged", 0, "", 0, 1, _bytes_in(folder))
 
 
 def _delete(folder: Path) -> None:

@@ -49,7 +49,10 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
         "max_ram": plan.settings.max_ram,
         "peak_ram": plan.budget.peak_ram,
         "peak_disk": plan.budget.peak_disk,
-        "calibration": None if plan.calibration is None else _calibration_fields(plan.calibration),
+        "calibration": _pass_fields(plan.calibration),
+        "gradients": _pass_fields(plan.sensitivity),
+        "in_turn": sorted(plan.turns.pairing.linears) if plan.turns else [],
+        "by_gradients": sorted(plan.turns.two_sided) if plan.turns else [],
         "estimated_seconds": plan.budget.seconds,
         "tensors": [
             {
@@ -67,13 +70,15 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _calibration_fields(calibration: Calibration) -> dict[str, Any]:
+def _pass_fields(streamed: Calibration | None) -> dict[str, Any] | None:
+    if streamed is None:
+        return None
     return {
-        "n_tokens": calibration.windows.size,
-        "found": calibration.found,
-        "ranks": {str(width): rank for width, rank in calibration.ranks.items()},
-        "peak_ram": calibration.peak_ram,
-        "peak_disk": calibration.peak_disk,
+        "n_tokens": streamed.windows.size,
+        "found": streamed.found,
+        "ranks": {str(width): rank for width, rank in streamed.ranks.items()},
+        "peak_ram": streamed.peak_ram,
+        "peak_disk": streamed.peak_disk,
     }
 
 
@@ -89,7 +94,9 @@ def plan_text(plan: Plan) -> str:
         f"tensors    {format_size(plan.tensor_bytes)}, {plan.bits_per_weight:.2f} bits per weight",
         *(f"           {line}" for line in _type_lines([_summary(t) for t in plan.tensors])),
         *(f"note       {note}" for note in plan.notes),
-        *_calibration_lines(plan.calibration),
+        *_pass_lines("calibrate", plan.calibration),
+        *_pass_lines("gradients", plan.sensitivity),
+        *_turns_lines(plan),
         f"peak RAM   {format_size(plan.budget.peak_ram)} of {format_size(plan.settings.max_ram)}",
         f"peak disk  {format_size(plan.budget.peak_disk)}",
         f"time       roughly {format_duration(plan.budget.seconds)} on {plan.settings.threads} threads",
@@ -97,16 +104,23 @@ def plan_text(plan: Plan) -> str:
     return table(rows) + "\n\n" + "\n".join(summary)
 
 
-def _calibration_lines(calibration: Calibration | None) -> list[str]:
-    if calibration is None:
+def _pass_lines(what: str, streamed: Calibration | None) -> list[str]:
+    if streamed is None:
         return []
-    widths = ", ".join(f"{width} values at rank {rank}" for width, rank in calibration.ranks.items())
+    widths = ", ".join(f"{width} values at rank {rank}" for width, rank in streamed.ranks.items())
     kind = f"sketches of sites of {widths}, else exact" if widths else "exact second moments"
-    lines = [f"calibrate  {calibration.windows.size} tokens, {kind}{' (in the cache)' if calibration.found else ''}"]
-    if calibration.pending:
-        needs = f"{format_size(calibration.peak_ram)} of memory, {format_size(calibration.peak_disk)} of disk"
-        lines.append(f"           {needs} in {calibration.store.folder}")
+    lines = [f"{what}  {streamed.windows.size} tokens, {kind}{' (in the cache)' if streamed.found else ''}"]
+    if streamed.pending:
+        needs = f"{format_size(streamed.peak_ram)} of memory, {format_size(streamed.peak_disk)} of disk"
+        lines.append(f"           {needs} in {streamed.store.folder}")
     return lines
+
+
+def _turns_lines(plan: Plan) -> list[str]:
+    if plan.turns is None:
+        return []
+    turns, size = plan.turns, format_size(plan.turns.pairing.peak_disk)
+    return [f"in turn    {len(turns.pairing.linears)} tensors, {len(turns.two_sided)} by gradients, {size} of disk"]
 
 
 def _summary(t: Any) -> TensorSummary:
@@ -158,8 +172,8 @@ def checks_text(checks: Sequence[TensorCheck]) -> str:
 
 def cache_text(folder: Path, calibrations: Sequence[Summary]) -> str:
     """The calibrations in the cache as a table."""
-    rows = [("key", "model", "tokens", "state", "bytes")]
-    rows += [(c.key, c.model, str(c.n_tokens), _state(c), str(c.n_bytes)) for c in calibrations]
+    rows = [("key", "model", "tokens", "of", "state", "bytes")]
+    rows += [(c.key, c.model, str(c.n_tokens), c.of, _state(c), str(c.n_bytes)) for c in calibrations]
     return f"{folder}\n\n{table(rows)}" if calibrations else f"{folder} is empty"
 
 

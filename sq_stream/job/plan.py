@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.pairing import pairings
+from sq_stream.calibrate.sensitivity import Sensitivity
 from sq_stream.errors import StorageError, UsageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
@@ -62,6 +63,11 @@ class Plan:
     def calibration(self) -> Calibration | None:
         """What is computed, or found, before the first tensor is encoded."""
         return self.statistics.calibration if self.statistics else None
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """What is computed, or found, behind it."""
+        return self.statistics.sensitivity if self.statistics else None
 
     @property
     def n_weights(self) -> int:
