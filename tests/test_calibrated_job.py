@@ -194,6 +194,15 @@ def test_what_cannot_be_meant_is_refused(
         api.plan(MODEL, "x.gguf", **options)
 
 
+def test_memory_in_which_no_linear_can_have_its_turn_is_refused(
+    quantize: Callable[..., list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sq_stream.job.plan.pairings", lambda *arguments: iter(()))
+    with pytest.raises(DoesNotFitError):
+        quantize(tmp_path / "x.gguf", effort="best")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_cache_is_listed_and_cleared(shaped: Path, tmp_path: Path) -> None:
     api.calibrate(MODEL, windows=2, ctx=64, cache=tmp_path)
     listed = CliRunner().invoke(cli, ["cache", "list", "--cache", str(tmp_path)]).stdout

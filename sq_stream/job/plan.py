@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,7 +125,8 @@ def make_plan(settings: Settings) -> Plan:
         """Bytes of what follows it."""
         ways = pairings(calibration, held, settings.threads) if in_turn else ()
         encoding = needs(ranks=calibration.ranks, in_turn=in_turn)
-        return max(encoding.smallest, encoding.program + min((way.working_ram for way in ways), default=0))
+        in_pass = min((way.working_ram for way in ways), default=sys.maxsize if in_turn else 0)
+        return max(encoding.smallest, encoding.program + in_pass)
 
     statistics = find_statistics(settings, checkpoint, spec, vocabulary, afterwards)
     general = general_entries(
