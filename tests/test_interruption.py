@@ -345,11 +345,11 @@ def test_a_signal_in_the_other_commands(command: str, forge: Forge, whole: Whole
 
 def test_a_command_that_python_cannot_interrupt_ends_too() -> None:
     code = """
-import hashlib
+import hashlib, threading
 from sq_stream.cli import console
 console.Interrupts.__init__.__globals__["GRACE"] = 0.1
 with console.Console("json"):
-    print("working", flush=True)
+    threading.Timer(0.5, print, ("working",), {"flush": True}).start()  # when the next line is at work
     hashlib.pbkdf2_hmac("sha512", b"", b"", 2**31 - 1)
 """
     with subprocess.Popen(
