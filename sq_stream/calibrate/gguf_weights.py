@@ -58,6 +58,10 @@ class GGUFWeights:
         types = {tensor.block_type for tensor in reader.tensors.values()}
         self._decode = {block_type: decoder_of(block_type) for block_type in types}
 
+    def data(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Stored rows of a tensor: [stop - start, row_bytes]."""
+        return self._reader.read_rows(name, start, stop)
+
     def read_rows(self, name: str, rows: Rows) -> Array:
         """See `TensorReader`."""
         tensor = self._reader.tensors[name]
@@ -65,7 +69,7 @@ class GGUFWeights:
         numbers = row_numbers(rows, tensor.n_rows)
         x = np.empty((len(numbers), tensor.shape[-1]), np.float32)
         for at, start, n in row_runs(numbers, max(1, CHUNK_WEIGHTS // tensor.shape[-1])):
-            x[at : at + n] = decode(self._reader.read_rows(name, start, start + n))
+            x[at : at + n] = decode(self.data(name, start, start + n))
         return x
 
 

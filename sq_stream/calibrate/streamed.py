@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,35 +36,34 @@ def into_batches(windows: NDArray[np.int32]) -> list[NDArray[np.int32]]:
     return [windows[start : start + n] for start in range(0, len(windows), n)]
 
 
-class Stream:
-    """Activations or gradients on disk: a generation is what enters one layer, one file for each batch of windows."""
+class Chunks:
+    """Arrays in a folder, float32, in generations: what one step makes of those before it."""
 
-    def __init__(self, folder: Path, batches: Sequence[NDArray[np.int32]], n_embd: int) -> None:
-        self.batches = batches  # token ids [n_window, n_ctx] of each
-        self._folder, self._n_embd = folder, n_embd
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         make_folder(folder)
 
-    def read(self, layer: int, batch: int) -> Array:
-        """What enters `layer`: [n_window, n_ctx, n_embd].
+    def read_array(self, generation: int, key: str, shape: tuple[int, ...]) -> Array:
+        """The array `key` of a generation.
 
         Raises:
             LostWorkError: it is missing or damaged.
             StorageError: reading fails.
         """
         try:
-            return read_chunk(self._path(layer, batch), np.float32, (*self.batches[batch].shape, self._n_embd))
+            return read_chunk(self._path(generation, key), np.float32, shape)
         except BadInputError as error:
             raise LostWorkError(str(error)) from error
         except StorageError as error:
             raise LostWorkError(str(error)) if is_missing(error) else error from error.__cause__
 
-    def write(self, layer: int, batch: int, x: Array) -> None:
-        """Keep what enters `layer`.
+    def write_array(self, generation: int, key: str, x: Array) -> None:
+        """Keep an array.
 
         Raises:
             StorageError: writing fails.
         """
-        write_chunk(self._path(layer, batch), x)
+        write_chunk(self._path(generation, key), x)
 
     def sync(self) -> None:
         """Make all that is kept survive a power cut.
@@ -75,15 +74,32 @@ class Stream:
         for path in (*self._folder.glob("*.zst"), self._folder):
             sync(path)
 
-    def keep_only(self, layers: Sequence[int]) -> None:
-        """Delete all generations but those that enter `layers`."""
+    def keep_only(self, generations: Collection[int]) -> None:
+        """Delete all others."""
         with storage_errors("deleting files in", self._folder):
             for path in self._folder.glob("*.zst"):
-                if int(path.name.split("-")[0]) not in layers:
+                if int(path.name.split("-")[0]) not in generations:
                     path.unlink()
 
-    def _path(self, layer: int, batch: int) -> Path:
-        return self._folder / f"{layer}-{batch:06d}.zst"
+    def _path(self, generation: int, key: str) -> Path:
+        return self._folder / f"{generation}-{key}.zst"
+
+
+class Stream(Chunks):
+    """Activations or gradients on disk: a generation is what enters one layer, one file for each batch of windows."""
+
+    def __init__(self, folder: Path, batches: Sequence[NDArray[np.int32]], n_embd: int) -> None:
+        super().__init__(folder)
+        self.batches = batches  # token ids [n_window, n_ctx] of each
+        self._n_embd = n_embd
+
+    def read(self, layer: int, batch: int) -> Array:
+        """What enters `layer`: [n_window, n_ctx, n_embd]; raises as `read_array`."""
+        return self.read_array(layer, f"{batch:06d}", (*self.batches[batch].shape, self._n_embd))
+
+    def write(self, layer: int, batch: int, x: Array) -> None:
+        """Keep what enters `layer`; raises as `write_array`."""
+        self.write_array(layer, f"{batch:06d}", x)
 
 
 class Residuals(Stream):

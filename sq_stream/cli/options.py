@@ -87,7 +87,7 @@ _JOB = (
         default=DEFAULT_EFFORT,
         show_default=True,
         help="fast: weights only. balanced: calibrate, and shape the error. best: linears also make up for the "
-        "errors of those before them, which takes several times as long.",
+        "errors of those before them, and scales and norms are refined, which takes several times as long.",
     ),
     click.option("--mtp", is_flag=True, help="Keep the multi-token-prediction layers, if the checkpoint has any."),
     click.option("--pre", metavar="NAME", help="Pre-tokenizer name, where it is not recognized from the tokenizer."),

@@ -53,6 +53,7 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
         "gradients": _pass_fields(plan.sensitivity),
         "in_turn": sorted(plan.turns.pairing.linears) if plan.turns else [],
         "by_gradients": sorted(plan.turns.two_sided) if plan.turns else [],
+        "refining_rounds": plan.turns.refining.n_rounds if plan.turns and plan.turns.refining else 0,
         "estimated_seconds": plan.budget.seconds,
         "tensors": [
             {
@@ -120,7 +121,11 @@ def _turns_lines(plan: Plan) -> list[str]:
     if plan.turns is None:
         return []
     turns, size = plan.turns, format_size(plan.turns.pairing.peak_disk)
-    return [f"in turn    {len(turns.pairing.linears)} tensors, {len(turns.two_sided)} by gradients, {size} of disk"]
+    lines = [f"in turn    {len(turns.pairing.linears)} tensors, {len(turns.two_sided)} by gradients, {size} of disk"]
+    if turns.refining:
+        n_tokens = turns.refining.of_round(1).size
+        lines.append(f"refine     up to {turns.refining.n_rounds} rounds of {n_tokens} tokens")
+    return lines
 
 
 def _summary(t: Any) -> TensorSummary:

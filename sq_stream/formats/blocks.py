@@ -18,6 +18,8 @@ class BlockType:
     ggml_id: int
     block_size: int
     block_bytes: int
+    scales: tuple[int, ...] = ()
+    """Bytes in a block at which its fp16 scales are, d and dmin or m; its values are linear in each."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -43,11 +45,11 @@ class BlockType:
 F32 = BlockType("F32", 0, 1, 4)
 F16 = BlockType("F16", 1, 1, 2)
 BF16 = BlockType("BF16", 30, 1, 2)
-Q5_0 = BlockType("Q5_0", 6, 32, 22)
-Q5_1 = BlockType("Q5_1", 7, 32, 24)
-Q8_0 = BlockType("Q8_0", 8, 32, 34)
-Q4_K = BlockType("Q4_K", 12, 256, 144)
-Q5_K = BlockType("Q5_K", 13, 256, 176)
-Q6_K = BlockType("Q6_K", 14, 256, 210)
+Q5_0 = BlockType("Q5_0", 6, 32, 22, (0,))
+Q5_1 = BlockType("Q5_1", 7, 32, 24, (0, 2))
+Q8_0 = BlockType("Q8_0", 8, 32, 34, (0,))
+Q4_K = BlockType("Q4_K", 12, 256, 144, (0, 2))
+Q5_K = BlockType("Q5_K", 13, 256, 176, (0, 2))
+Q6_K = BlockType("Q6_K", 14, 256, 210, (208,))
 
 BLOCK_TYPES = {t.name: t for t in (F32, F16, BF16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)}

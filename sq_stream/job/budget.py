@@ -17,6 +17,7 @@ from sq_stream.formats.blocks import BLOCK_TYPES, BlockType
 from sq_stream.parallel import SLAB
 from sq_stream.quantize.metric import DenseMetric, FactorMetric
 from sq_stream.quantize.rows import RowFeedback
+from sq_stream.refine.budget import Refining
 from sq_stream.units import format_size
 
 SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
@@ -66,6 +67,7 @@ WEIGHTS_READ_BACK_PER_SECOND = 100e6
 WEIGHTS_SHAPED_PER_SECOND = 0.5e6  # of one thread, by any type
 MULTIPLICATIONS_PER_SECOND = 25e9  # of one thread in the forward pass
 PAIRED_PASSES = 6  # forward passes that a paired one takes as long as
+REFINING_PASSES = 7  # the same of going through the text in rounds
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def make_budget(
     threads: int,
     passes: Sequence[Calibration] = (),
     pairing: Pairing | None = None,
+    refining: Refining | None = None,
 ) -> Budget:
     """Divide `max_ram` bytes among the parts of a job.
 
@@ -203,6 +206,7 @@ def make_budget(
         threads: kernel threads.
         passes: what comes before, if tensors are shaped.
         pairing: what goes on meanwhile, if they are so in their turn.
+        refining: what comes behind.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
@@ -213,22 +217,22 @@ def make_budget(
             f"the smallest that works is --max-ram {-(-needs.smallest // MIB)}M"
         )
     n_weights = sum(math.prod(shape) for shape, _ in tensors)
-    tile = needs.largest_tile(max_ram)
+    tile, behind = needs.largest_tile(max_ram), [way for way in (pairing, refining) if way]
     peak_ram, forward = likely.at(tile), 0.0
     if passes:
         peak_ram = max(peak_ram, *(streamed.peak_ram for streamed in passes))
         n_tokens = sum(streamed.forward_passes * streamed.n_tokens for streamed in passes)
         forward = n_weights * n_tokens / MULTIPLICATIONS_PER_SECOND
         encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
-        if pairing:
-            peak_ram = max(peak_ram, likely.program + pairing.working_ram)
-            forward += PAIRED_PASSES * n_weights * passes[0].windows.size / MULTIPLICATIONS_PER_SECOND
+        peak_ram = max([peak_ram, *(likely.program + way.working_ram for way in behind)])
+        n_passes = PAIRED_PASSES * bool(pairing) + REFINING_PASSES * bool(refining)
+        forward += n_passes * n_weights * passes[0].windows.size / MULTIPLICATIONS_PER_SECOND
     else:
         encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)
     return Budget(
         tile_weights=tile,
         peak_ram=peak_ram,
-        peak_disk=file_bytes + (pairing.peak_disk if pairing else 0),
+        peak_disk=file_bytes + max((way.peak_disk for way in behind), default=0),
         seconds=(encoding + forward) / threads + n_weights / WEIGHTS_READ_BACK_PER_SECOND,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,21 +59,22 @@ class Encoding:
     ) -> None:
         self.plan, self.sketches, self.gradients, self.scalings = plan, sketches, gradients, scalings
         self.file, self.journal, self.checksums = file, journal, checksums
-        self._on_event = on_event
+        self.on_event = on_event
         self._n_done = sum(_n_weights(t) for t in plan.tensors if t.source.name in checksums)
 
     def run(self) -> None:
-        """Encode what is not done.
+        """Encode what is not done, and refine it if that is planned.
 
         Raises:
             BadInputError: a weight is NaN or infinite.
             StorageError: reading or writing failed; what is done is kept.
         """
         from sq_stream.job.in_turn import encode_in_turn
+        from sq_stream.job.refine import refine
         from sq_stream.quantize.encode import make_encoder
 
         in_turn = self.plan.turns.pairing.linears if self.plan.turns else frozenset()
-        self._on_event(StageStarted("encode", self.plan.n_weights))
+        self.on_event(StageStarted("encode", self.plan.n_weights))
         set_kernel_threads(self.plan.settings.threads)
         with Workers(self.plan.settings.threads) as workers:
             for tensor in self.plan.tensors:
@@ -83,10 +84,12 @@ class Encoding:
                     self.encode(tensor, make_encoder(tensor.type, sketch, workers))
             if in_turn:
                 encode_in_turn(self, workers)
+            if self.plan.turns and self.plan.turns.refining:
+                refine(self, self.plan.turns.refining, workers)
 
     def tell(self, what: str, n_encoded: int = 0) -> None:
         """Say what is going on; `n_encoded` weights of an unfinished tensor are encoded."""
-        self._on_event(Progress("encode", what, self._n_done + n_encoded, self.plan.n_weights))
+        self.on_event(Progress("encode", what, self._n_done + n_encoded, self.plan.n_weights))
 
     def encode(
         self,
@@ -96,16 +99,31 @@ class Encoding:
         feedback: RowFeedback | None = None,
     ) -> None:
         """Encode one tensor in row tiles, or as a whole if there is feedback between its rows; then it is done."""
+
+        def blocks() -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+            for rows, data in self._blocks(tensor, encode, wanted, feedback):
+                yield rows, data
+                self.tell(tensor.source.name, rows.stop * tensor.source.n_in)
+
+        self._write(tensor, blocks())
+        self._n_done += _n_weights(tensor)
+        self.on_event(TensorFinished(tensor.source.name, tensor.type.name, _n_weights(tensor), tensor.layout.n_bytes))
+
+    def replace(self, tensor: PlannedTensor, stored: Callable[[str, int, int], NDArray[np.uint8]]) -> None:
+        """Overwrite a tensor that is done; `stored` gives its rows from one to another as they shall be."""
+        name, source = tensor.source.name, tensor.source
+        tiles = row_tiles(source.n_rows, source.n_in, self.plan.budget.tile_weights)
+        self._write(tensor, ((rows, stored(name, rows.start, rows.stop)) for rows in tiles))
+
+    def _write(self, tensor: PlannedTensor, tiles: Iterable[tuple[slice, NDArray[np.uint8]]]) -> None:
+        """Write a tensor in tiles of stored rows; then the journal has it."""
         crc = 0
-        for rows, data in self._blocks(tensor, encode, wanted, feedback):
+        for rows, data in tiles:
             self.file.write_rows(tensor.layout, rows.start, data)
             crc = zlib.crc32(data.data, crc)
-            self.tell(tensor.source.name, rows.stop * tensor.source.n_in)
         self.file.sync()
         self.journal.append({"tensor": tensor.source.name, "crc32": crc})
         self.checksums[tensor.source.name] = crc
-        self._n_done += _n_weights(tensor)
-        self._on_event(TensorFinished(tensor.source.name, tensor.type.name, _n_weights(tensor), tensor.layout.n_bytes))
 
     def _blocks(
         self, tensor: PlannedTensor, encode: Encoder, wanted: Wanted, feedback: RowFeedback | None

@@ -16,8 +16,6 @@ from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.journal import Journal
 from sq_stream.job.budget import SHAPED_TYPES
 from sq_stream.job.encode import Encoding, streams_folder
-from sq_stream.job.plan import Plan
-from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import Site
 from sq_stream.parallel import Workers
@@ -59,7 +57,7 @@ class _Turns:
         decoder, folder = plan.calibration.decoder, streams_folder(plan.settings.output)
         fit = into_batches(plan.calibration.windows)
         batches = [*fit, *into_batches(self._pairing.held)]
-        reference, quantized = plan.calibration.reader, LayerReader(_as_stored(plan), GGUFWeights(file))
+        reference, quantized = plan.calibration.reader, LayerReader(plan.stored_spec, GGUFWeights(file))
         self._quantized = quantized
         self._pass = PairedPass(
             Side(
@@ -120,9 +118,3 @@ class _Turns:
 def _end(reader: LayerReader) -> dict[str, Any]:
     """What comes before the output matrix."""
     return {name: reader.read(name) for name in ("output_norm.weight",)}
-
-
-def _as_stored(plan: Plan) -> ModelSpec:
-    """The model with its tensors as they are in the file."""
-    tensors = tuple(TensorMap(t.name, t.shape, t.name) for t in plan.spec.tensors)
-    return ModelSpec(plan.spec.arch, plan.spec.n_layer, tensors, plan.spec.metadata)

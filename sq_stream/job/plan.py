@@ -71,6 +71,12 @@ class Plan:
         return self.statistics.sensitivity if self.statistics else None
 
     @property
+    def stored_spec(self) -> ModelSpec:
+        """The model with its tensors as they are in the file."""
+        tensors = tuple(TensorMap(tensor.name, tensor.shape, tensor.name) for tensor in self.spec.tensors)
+        return ModelSpec(self.spec.arch, self.spec.n_layer, tensors, self.spec.metadata)
+
+    @property
     def n_weights(self) -> int:
         """Values in all tensors of the output."""
         return sum(math.prod(t.layout.shape) for t in self.tensors)
@@ -156,6 +162,7 @@ def make_plan(settings: Settings) -> Plan:
         threads=settings.threads,
         passes=statistics.passes if statistics else (),
         pairing=turns.pairing if turns else None,
+        refining=turns.refining if turns else None,
     )
     tensors = tuple(
         PlannedTensor(source, place, choice.reason)
@@ -163,7 +170,8 @@ def make_plan(settings: Settings) -> Plan:
     )
     left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
     of_text = statistics.notes if statistics else ()
-    notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *of_text, *left_out)
+    of_turns = turns.notes if turns else ()
+    notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *of_text, *of_turns, *left_out)
     return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, turns, notes)
 
 

@@ -131,5 +131,6 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "importance matrix": digests.get("imatrix"),
         "accuracy of the calibration (--max-ram)": accuracy,
         "linears shaped two-sidedly (--max-ram)": len(plan.turns.two_sided) if plan.turns else 0,
+        "rounds of refinement (--max-ram)": plan.turns.refining.n_rounds if plan.turns and plan.turns.refining else 0,
         HEADER: hashlib.sha256(plan.layout.header).hexdigest(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,7 @@ def sampled_loss_vjp(
     """
     rows, parts = x.reshape(-1, x.shape[-1]), list(tiles(*weight.shape))
     blocks = list(tiles(len(rows), 1, _BLOCK_TOKENS))
-    logs = np.empty((len(rows), len(parts)), rows.dtype)
-    for i, part in enumerate(parts):
-        matrix = weight[part]
-        for block in blocks:
-            logs[block, i] = _log_sum_exp(decoder.cap(linear(rows[block], matrix)))
+    logs = _log_sums(rows, weight, decoder)
     log_total = _log_sum_exp(logs)[:, None]
     tile, rest = _choose(np.exp(logs - log_total), uniform.reshape(-1))
     labels, dx = np.empty(len(rows), np.int64), np.zeros_like(rows)
@@ -61,6 +57,65 @@ def sampled_loss_vjp(
             d_logits *= decoder.cap_slope(logits)
             dx[block] += linear_vjp(d_logits, matrix)
     return labels.reshape(uniform.shape), dx.reshape(x.shape)
+
+
+def divergence_vjp(
+    x: Array,
+    weight: Any,
+    reference: tuple[Array, Any],
+    decoder: Decoder,
+    observe: Callable[[slice, Array], None] | None = None,
+) -> tuple[Array, Array]:
+    """KL(reference ‖ model) after every token, and the gradient of its sum.
+
+    Args:
+        x: what enters the model's output matrix, [..., n_tok, d_model].
+        weight: that matrix [n_vocab, d_model].
+        reference: the same two of the reference.
+        decoder: of both.
+        observe: told of the gradient [n_tile, d_model] of one tile of the output matrix after the other.
+
+    Returns:
+        KL in nats [..., n_tok], gradient of x.
+    """
+    rows, theirs = x.reshape(-1, x.shape[-1]), reference[0].reshape(-1, x.shape[-1])
+    blocks = list(tiles(len(rows), 1, _BLOCK_TOKENS))
+
+    def logits(of: Array, matrix: Array, block: slice) -> Array:
+        return decoder.cap(linear(of[block], matrix))
+
+    log_sum_p = _log_sum_exp(_log_sums(theirs, reference[1], decoder))[:, None]
+    log_sum_q = _log_sum_exp(_log_sums(rows, weight, decoder))[:, None]
+    kl, dx = np.zeros(len(rows), rows.dtype), np.zeros_like(rows)
+    for part in tiles(*weight.shape):
+        matrix, other = weight[part], reference[1][part]
+        d_matrix = np.zeros(matrix.shape, rows.dtype)
+        for block in blocks:
+            log_p = logits(theirs, other, block) - log_sum_p[block]
+            capped = logits(rows, matrix, block)
+            log_q = capped - log_sum_q[block]
+            p = np.exp(log_p)
+            kl[block] += np.einsum("ij,ij->i", p, log_p - log_q)
+            d_logits = np.exp(log_q)
+            d_logits -= p
+            d_logits *= decoder.cap_slope(capped)
+            dx[block] += linear_vjp(d_logits, matrix)
+            if observe is not None:
+                d_matrix += d_logits.T @ rows[block]
+        if observe is not None:
+            observe(part, d_matrix)
+    return kl.reshape(x.shape[:-1]), dx.reshape(x.shape)
+
+
+def _log_sums(rows: Array, weight: Any, decoder: Decoder) -> Array:
+    """Logarithms of the sums of the exponentials of a tile's logits, for rows [n, d_model]: [n, n_tiles]."""
+    blocks, parts = list(tiles(len(rows), 1, _BLOCK_TOKENS)), list(tiles(*weight.shape))
+    logs = np.empty((len(rows), len(parts)), rows.dtype)
+    for i, part in enumerate(parts):
+        matrix = weight[part]
+        for block in blocks:
+            logs[block, i] = _log_sum_exp(decoder.cap(linear(rows[block], matrix)))
+    return logs
 
 
 def _log_sum_exp(x: Array) -> Array:
