@@ -20,7 +20,7 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.storage import storage_errors
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.tiles import row_tiles
-from sq_stream.parallel import Workers, set_kernel_threads
+from sq_stream.parallel import Workers, release_freed, set_kernel_threads
 from sq_stream.quantize.rows import RowFeedback
 from sq_stream.quantize.smooth import UNSCALED, Scaling
 
@@ -81,6 +81,8 @@ class Encoding:
                 if name not in self.checksums and name not in in_turn:
                     sketch = self.sketches.get(name) if self.sketches else None
                     self.encode(tensor, make_encoder(tensor.type, sketch, workers))
+            if self.sketches:
+                self.sketches.forget()
             if in_turn:
                 encode_in_turn(self, workers)
 
@@ -96,6 +98,7 @@ class Encoding:
         feedback: RowFeedback | None = None,
     ) -> None:
         """Encode one tensor in row tiles, or as a whole if there is feedback between its rows; then it is done."""
+        release_freed()
         crc = 0
         for rows, data in self._blocks(tensor, encode, wanted, feedback):
             self.file.write_rows(tensor.layout, rows.start, data)
