@@ -53,7 +53,7 @@ class Case:
 CASES = [
     Case("quantize", ("--effort", "fast")),
     Case("quantize", ("--windows", "8", "--effort", "balanced")),
-    Case("quantize", ("--windows", "64", "--ctx", "64", "--effort", "best")),
+    Case("quantize", ("--windows", "32", "--ctx", "128", "--effort", "best")),
     Case("eval", ("--windows", "8")),
     Case("eval", ("--windows", "8", "--baseline", "rtn")),
     Case("calibrate", ("--windows", "8")),
