@@ -19,7 +19,7 @@ from sq_stream.demo import model_folder
 from sq_stream.demo.generate import read_model
 from sq_stream.errors import BadInputError, DoesNotFitError, InterruptedJobError, UsageError
 from sq_stream.events import Event, Note, StageStarted, TensorFinished
-from sq_stream.job.plan import check_output
+from sq_stream.job.plan import Plan, check_output
 from sq_stream.models.forward import forward
 from sq_stream.quantize.metric import DenseMetric
 from sq_stream.text.encode import Tokenizer
@@ -114,6 +114,39 @@ def test_the_smallest_memory_that_the_plan_names_works(
     assert set(widths) == {256}
     assert kl(path) < 1.1 * kl(shaped)
     assert stages(quantize(path, max_ram=f"{n}M", overwrite=True, **PART, **options)) == ["encode", "verify"]
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_compiled_kernels_change_what_is_refused_and_nothing_else(
+    effort: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(max_ram: str, kept: Callable[[set[str]], set[str]]) -> Plan:
+        monkeypatch.setattr("sq_stream.job.plan.kept_kernels", kept)
+        options: dict[str, Any] = {"effort": effort, "cache": tmp_path, "threads": 2}
+        options |= {} if effort == "fast" else {"windows": WINDOWS, "ctx": 64}
+        return api.plan(MODEL, tmp_path / "x.gguf", max_ram=max_ram, **options)
+
+    def smallest(kept: Callable[[set[str]], set[str]]) -> int:
+        with pytest.raises(DoesNotFitError) as refusal:
+            plan("64M", kept)
+        return int(str(refusal.value).rsplit(maxsplit=1)[1].removesuffix("M"))
+
+    def none(uses: set[str]) -> set[str]:
+        return set()
+
+    n_compiling, n_compiled = smallest(none), smallest(set)
+    assert n_compiled + 100 < n_compiling == smallest(lambda uses: set(sorted(uses)[1:]))
+    assert plan(f"{n_compiled}M", set).budget.peak_ram <= n_compiled * 2**20
+    before, after = plan(f"{n_compiling}M", none), plan(f"{n_compiling}M", set)
+    assert after.budget.peak_ram < before.budget.peak_ram <= n_compiling * 2**20
+    assert decisions(before) == decisions(after)
+
+
+def decisions(plan: Plan) -> tuple[Any, ...]:
+    """What memory decides."""
+    passes = [streamed.identity for streamed in plan.statistics.passes] if plan.statistics else []
+    turns = (plan.turns.pairing.linears, plan.turns.two_sided) if plan.turns else ()
+    return plan.budget.tile_weights, passes, turns
 
 
 def test_another_recipe_reuses_the_calibration(

@@ -1,7 +1,6 @@
 """`--max-ram` under the kernel's limit, the plan against what is measured, and the smallest that works.
 
-Kernels are compiled before, but for the tests that say so. SQ_MEMORY_MODELS names larger models and what they are to
-fit in, as 512M=FOLDER:1G=FOLDER.
+Kernels are compiled before, but for the tests that say so. SQ_REFERENCE_MODEL names the folder of the reference model.
 """
 
 from __future__ import annotations
@@ -17,13 +16,16 @@ from pathlib import Path
 import pytest
 from oracles.peak import is_in_memory, run_limited, run_measured
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import memory
+
 from sq_stream import api
 from sq_stream.demo import model_folder
-from sq_stream.units import parse_size
 
 MIB = 2**20
 MODEL = str(model_folder())
-MODELS = [part.split("=", 1) for part in os.environ.get("SQ_MEMORY_MODELS", "").split(os.pathsep) if part]
+REFERENCE = next((Path(part) for part in os.environ.get("SQ_REFERENCE_MODEL", "").split(os.pathsep) if part), None)
 OVER = 1.05  # of what is promised, at which the kernel kills
 WITHIN = 0.15  # of the measured peak lies the planned one
 
@@ -50,7 +52,8 @@ class Case:
 
 CASES = [
     Case("quantize", ("--effort", "fast")),
-    Case("quantize", ("--effort", "balanced", "--windows", "8")),
+    Case("quantize", ("--windows", "8", "--effort", "balanced")),
+    Case("quantize", ("--windows", "32", "--ctx", "128", "--effort", "best")),
     Case("eval", ("--windows", "8")),
     Case("eval", ("--windows", "8", "--baseline", "rtn")),
     Case("calibrate", ("--windows", "8")),
@@ -91,7 +94,7 @@ def test_the_smallest_that_is_named_works_under_the_limit_of_the_kernel(case: Ca
 
 
 @pytest.mark.parametrize("is_compiled", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept", "compiled"])
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: " ".join((case.command, *case.options[::-1][:1])))
+@pytest.mark.parametrize("case", CASES[:5], ids=lambda case: " ".join((case.command, *case.options[::-1][:1])))
 def test_the_plan_is_near_what_is_measured(
     case: Case, is_compiled: bool, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,21 +109,31 @@ def test_the_plan_is_near_what_is_measured(
     assert run.peak_bytes <= planned <= (1 + WITHIN) * run.peak_bytes, found
 
 
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_the_plan_does_not_grow_with_depth_or_text(effort: str, tmp_path: Path) -> None:
+    """And a plan is at least what is measured: so neither does memory. bench/memory.py measures it."""
+    peaks = []
+    for n_layer, n_windows in [(1, 32), (6, 128)]:
+        memory.make_model(model := tmp_path / f"small-{n_layer}")
+        text = {} if effort == "fast" else {"windows": n_windows, "ctx": 64}
+        peaks.append(api.plan(model, effort=effort, cache=tmp_path, **text).budget.peak_ram)
+    assert peaks[0] == peaks[1]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not MODELS, reason="SQ_MEMORY_MODELS names no SIZE=FOLDER")
-@pytest.mark.parametrize("effort", ["fast", "balanced"])
-@pytest.mark.parametrize(("max_ram", "model"), MODELS)
-def test_a_larger_model_under_the_limit_of_the_kernel(max_ram: str, model: str, effort: str, tmp_path: Path) -> None:
-    """One layer encoded, for time: memory does not grow with their number."""
-    output, cache = tmp_path / "x.gguf", ["--cache", str(tmp_path)]
-    options = [*cache, "--windows", "4", "--max-ram", max_ram]
-    types = ["--tensor-type", r"^(token_embd|output)\.|blk\.([1-9]|\d\d)\.=bf16"]
-    program, limit = [sys.executable, "-m", "sq_stream"], int(OVER * parse_size(max_ram))
-    for part in (["quantize", model, "-o", output, "--effort", effort, *types], ["eval", output, "--ref", model]):
-        run = run_limited([*program, *map(str, part), *options], limit)
-        assert run.exit_code == 0, run.log or f"killed at {OVER} times {max_ram}"
-        assert run.peak_bytes <= parse_size(max_ram), f"{part[0]}: peak of {run.peak_bytes / MIB:.1f} MiB"
-        print(f"{part[0]}: peak of {run.peak_bytes / MIB:.1f} MiB")
+@pytest.mark.parametrize("name", [shape.name for shape in memory.SHAPES])
+def test_a_larger_model_under_the_limit_of_the_kernel(name: str, tmp_path: Path) -> None:
+    """What docs/memory.md is written from, from nothing."""
+    if name == "reference" and REFERENCE is None:
+        pytest.skip("SQ_REFERENCE_MODEL names no checkpoint folder")
+    for job in memory.jobs(tmp_path, REFERENCE):
+        if job.name == name:
+            if job.model != REFERENCE:
+                memory.make_model(job.model)
+            measured = memory.run(job, tmp_path)
+            print(memory.line_of(measured))
+            assert measured.peak <= measured.max_ram
+            assert measured.peak <= measured.planned <= (1 + WITHIN) * measured.peak
 
 
 def test_the_limit_of_the_kernel_is_one() -> None:

@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sq_stream.calibrate import regression
 from sq_stream.calibrate.moments import ExactMoment, Moment, Needs, SketchedMoment
 from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sketch
 from sq_stream.formats.blocks import F32, Q4_K, Q6_K
 from sq_stream.job.budget import (
-    BYTES_PER_SHAPED_ROW,
-    BYTES_PER_SHAPED_WEIGHT,
     MOST_TILE_WEIGHTS,
     PROGRAM_BYTES,
+    SHAPED_ROWS_BYTES,
+    SHAPING_BYTES,
     encoding_needs,
     kernel_uses,
+    shaped_row_bytes,
 )
 from sq_stream.parallel import Workers
 from sq_stream.quantize.metric import DenseMetric, FactorMetric
@@ -54,14 +56,15 @@ def test_a_metric(rank: int) -> None:
         Shaper(residual, factor, Q4_K, workers, dense=is_dense)
 
 
-@pytest.mark.parametrize("n_in", [512, N_IN])
+@pytest.mark.parametrize("shape", [(128, 256), (4096, 256), (256, 512), (256, N_IN)])
 @pytest.mark.parametrize("is_dense", [True, False])
-def test_a_shaped_tile(n_in: int, is_dense: bool) -> None:
-    w = random(256, n_in)
-    needed = w.size * BYTES_PER_SHAPED_WEIGHT + len(w) * BYTES_PER_SHAPED_ROW - w.nbytes
+def test_a_shaped_tile(shape: tuple[int, int], is_dense: bool) -> None:
+    w, n_in = random(*shape), shape[1]
+    rank = min(n_in // 2 - 1, RANK)
+    needed = len(w) * shaped_row_bytes(n_in, None if is_dense else rank) + SHAPED_ROWS_BYTES - w.nbytes
     with Workers(2) as workers:
-        shaper = Shaper(np.ones(n_in, np.float32), random(n_in // 2 - 1, n_in), Q4_K, workers, dense=is_dense)
-        shaper.shape(w)  # compiled
+        shaper = Shaper(np.ones(n_in, np.float32), random(rank, n_in), Q4_K, workers, dense=is_dense)
+        shaper.shape(w[:128])  # compiled
         with allocating(0.6 * needed, needed):
             shaper.shape(w)
 
@@ -89,7 +92,18 @@ def test_what_is_compiled_needs_no_memory_to_compile() -> None:
         first, second = (
             encoding_needs(TENSORS, vocabulary_bytes=0, threads=2, ranks=ranks, kept=kept) for kept in ((), uses)
         )
-        assert second.program == PROGRAM_BYTES < first.program
+        assert second.program == PROGRAM_BYTES + (0 if ranks is None else SHAPING_BYTES) < first.program
+
+
+@pytest.mark.parametrize(("n_out", "n_in"), [(1024, 1024), (512, 1024), (2048, 512)])
+def test_a_regression(n_out: int, n_in: int) -> None:
+    """What LAPACK allocates is not seen here: a copy of float64."""
+    factor, fitted, held = np.triu(random(n_in, n_in)), random(n_out, n_in), random(n_out, n_in)
+    sketch = Sketch.with_diagonal(np.full(n_in, 2.0 * n_in, np.float32), factor, 1)
+    needed = regression.needed_bytes(n_out, n_in)
+    arguments = factor.nbytes + fitted.nbytes + held.nbytes
+    with allocating(0.5 * needed - arguments, needed - arguments):
+        regression.shrunk_regression(sketch, fitted, held)
 
 
 @pytest.mark.parametrize("rank", [N_IN, RANK])

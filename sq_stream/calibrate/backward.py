@@ -91,7 +91,8 @@ def measure_backward(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[
     n_rows = min(reader.n_vocab, 2 * TILE_WEIGHTS // reader.n_embd)  # more tiles need no more memory
     with Workers(1), Tracing() as tracing:
         sampled_loss_vjp(x, Zeros((n_rows, reader.n_embd)), decoder, np.zeros(len(x)))
-    at_hand = 2 * x.nbytes + 8 * TILE_WEIGHTS  # the norm's output and its gradient, and a tile as it is read
+    n_tile = min(TILE_WEIGHTS, reader.n_vocab * reader.n_embd)
+    at_hand = 2 * x.nbytes + 8 * n_tile  # the norm's output and its gradient, and a tile as it is read
     layers[0] = replace(
         layers[0],
         sites=(*layers[0].sites, (EMBEDDING, reader.n_embd)),

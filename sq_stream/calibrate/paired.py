@@ -30,10 +30,24 @@ from sq_stream.calibrate.streamed import Residuals
 from sq_stream.errors import BadInputError
 from sq_stream.models.layers import Array, Site, Weights, linear
 from sq_stream.models.parts import Branch
-from sq_stream.parallel import Workers
+from sq_stream.parallel import Workers, release_freed
 
 HEAD = -1
 """In the place of a layer's number: what comes behind the layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What the tokens say of a site."""
+
+    sketch: Sketch  # of the inputs x̃
+    fitted: Array  # mean of y x̃ᵀ over the tokens of the fit, y being what is explained, [n_out, n_in]
+    held: Array  # the same over other tokens
+    is_exit: bool
+
+    def meeting(self) -> Meeting:
+        """What is made of it, when the weights that it comes from are not needed any more."""
+        return Meeting(self.sketch, shrunk_regression(self.sketch, self.fitted, self.held), self.is_exit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +101,10 @@ class PairedPass:
         self._advance(self.reference, b)
         for site, width in sites.items():
             if site == self._branch(b).exit:
-                quantize(site, self._meet_at_exit(b, site, width))
+                quantize(site, self._meet_at_exit(b, site, width).meeting())
             else:
                 inputs = partial(self._entering, b, site)
-                quantize(site, self._meet(f"blk.{b // 2}.{site[0]}", width, b // 2, inputs))
+                quantize(site, self._meet(f"blk.{b // 2}.{site[0]}", width, b // 2, inputs).meeting())
         self._advance(self.quantized, b)
         self.reference.stream.sync()
         self.quantized.stream.sync()
@@ -103,7 +117,7 @@ class PairedPass:
             x = decoder.final_norm(side.stream.read(2 * decoder.n_layer, batch), weights)
             return x.reshape(-1, x.shape[-1])
 
-        quantize((name,), self._meet(name, self.reference.stream.reader.n_embd, HEAD, inputs))
+        quantize((name,), self._meet(name, self.reference.stream.reader.n_embd, HEAD, inputs).meeting())
 
     def _branch(self, b: int) -> Branch:
         return self.reference.stream.decoder.branch(b)
@@ -121,7 +135,7 @@ class PairedPass:
     def _entering(self, b: int, site: Site, side: Side, weights: Weights, batch: int) -> Array:
         return entering(self._branch(b), side.stream.read(b, batch), weights, site)
 
-    def _meet(self, name: str, n_in: int, layer: int, inputs: Callable[[Side, Weights, int], Array]) -> Meeting:
+    def _meet(self, name: str, n_in: int, layer: int, inputs: Callable[[Side, Weights, int], Array]) -> Moments:
         """At a site, given its first linear and what gives its inputs [n, n_in] in a batch of either model."""
         columns = self.columns.get(f"{name}.weight", np.float32(1))
         theirs, ours = self.reference.layer(layer), self.quantized.layer(layer)
@@ -134,7 +148,7 @@ class PairedPass:
 
         return self._gather(name, n_in, n_in, pair, is_exit=False)
 
-    def _meet_at_exit(self, b: int, site: Site, n_in: int) -> Meeting:
+    def _meet_at_exit(self, b: int, site: Site, n_in: int) -> Moments:
         """At the site of the linear whose output is added to the residual stream.
 
         A token counts with the inverse mean square of the stream behind it, by which norms will divide it: the first
@@ -159,7 +173,7 @@ class PairedPass:
 
     def _gather(
         self, name: str, n_out: int, n_in: int, pair: Callable[[int], tuple[Array, Array]], *, is_exit: bool
-    ) -> Meeting:
+    ) -> Moments:
         """The moments of pairs of what inputs [n, n_in] lack, or the outputs, [n, n_out], and the inputs."""
         n_fit, n_all = self.n_fit, len(self.reference.stream.batches)
         order, check_order = InOrder(), InOrder()
@@ -186,9 +200,10 @@ class PairedPass:
         sizes = [tokens.size for tokens in self.reference.stream.batches]
         fitted /= np.float32(sum(sizes[:n_fit]))
         held /= np.float32(sum(sizes[n_fit:]))
-        return Meeting(sketch, shrunk_regression(sketch, fitted, held), is_exit)
+        return Moments(sketch, fitted, held, is_exit)
 
     def _for_batches(self, order: InOrder, compute: Callable[[int], None], n: int, what: str) -> None:
+        release_freed()
         for _ in order.run(self.workers, compute, n):
             self.tell(what)
 

@@ -98,9 +98,9 @@ def _working_ram(
         for site, width in sites.items():
             n_out = n_embd if site == decoder.branch(b).exit else width
             moment, cross = ExactMoment.needs(width), CrossMoment.needs(n_out, width)
-            looking = observing[site] + 4 * batch_tokens * width + max(moment.adding, cross.adding)
+            looking = observing[site] + 2 * 4 * batch_tokens * width + max(moment.adding, cross.adding)
             computing = computing_bytes(layer, chunk, resident, looking, n_input=2)
             sums = moment.resident + 2 * cross.resident
-            worst = max(worst, 2 * weights + sums + threads * computing, sums + moment.finishing)
-            worst = max(worst, needed_bytes(n_out, width))
+            gathering = max(threads * computing, moment.finishing + 4 * width**2)
+            worst = max(worst, 2 * weights + sums + gathering, needed_bytes(n_out, width))
     return worst

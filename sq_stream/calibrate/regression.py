@@ -9,6 +9,7 @@ from sq_stream.calibrate.sketch import Sketch
 
 Array = NDArray[np.float32]
 
+PANEL = 256  # rows that are solved for together
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 
 
@@ -32,15 +33,35 @@ def shrunk_regression(sketch: Sketch, fitted: Array, held: Array) -> Array:
     a[np.diag_indices(len(a))] += np.float32(DAMPING) * (a.trace() / len(a) or np.float32(1))
     lower = np.linalg.cholesky(a)
     del a
-    along, held_along = np.linalg.solve(lower, fitted.T), np.linalg.solve(lower, held.T)  # [n_in, n_out]
+    along, held_along = (_solve(lower, np.array(y.T, order="C")) for y in (fitted, held))  # [n_in, n_out]
     confirmed = np.einsum("ij,ij->i", along, held_along, dtype=np.float64)
     energy = np.einsum("ij,ij->i", along, along, dtype=np.float64)
     share = np.divide(confirmed, energy, out=np.zeros_like(energy), where=energy > 0)
     along *= np.clip(share, 0, 1)[:, None].astype(np.float32)
-    coefficients: Array = np.ascontiguousarray(np.linalg.solve(lower.T, along).T)
+    del held_along
+    coefficients: Array = np.ascontiguousarray(_solve_transposed(lower, along).T)
     return coefficients
 
 
+def _solve(lower: Array, y: Array) -> Array:
+    """L⁻¹ y in the place of y [n, m], without the copies in float64 that NumPy makes of all of a matrix."""
+    for start in range(0, len(lower), PANEL):
+        own = slice(start, start + PANEL)
+        y[own] -= lower[own, :start] @ y[:start]
+        y[own] = np.linalg.solve(lower[own, own].astype(np.float64), y[own])
+    return y
+
+
+def _solve_transposed(lower: Array, y: Array) -> Array:
+    """L⁻ᵀ y in the place of y [n, m]."""
+    for start in reversed(range(0, len(lower), PANEL)):
+        own, after = slice(start, start + PANEL), slice(start + PANEL, None)
+        y[own] -= lower[after, own].T @ y[after]
+        y[own] = np.linalg.solve(lower[own, own].T.astype(np.float64), y[own])
+    return y
+
+
 def needed_bytes(n_out: int, n_in: int) -> int:
-    """Resident bytes at the peak, of arguments and all."""
-    return 4 * (4 * n_in**2 + 6 * n_out * n_in)
+    """Resident bytes at the peak, of arguments and all: while L is made, in copies of float64, or it is solved with."""
+    panels = 8 * PANEL * (n_in + 4 * n_out)
+    return 4 * max(8 * n_in**2 + 2 * n_out * n_in, 2 * n_in**2 + 5 * n_out * n_in) + panels

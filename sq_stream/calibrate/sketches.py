@@ -69,6 +69,10 @@ class Sketches(Mapping[str, Sketch], Closing):
         """From now on give the statistics of linears whose columns are multiplied by `factors` [n_in], by name."""
         self._last, self._factors = None, factors
 
+    def forget(self) -> None:
+        """Let go of what was given last, which is kept for other linears of its site."""
+        self._last = None
+
     def close(self) -> None:
         """Let go of where they come from."""
         self._last = None

@@ -20,7 +20,7 @@ from sq_stream.formats.chunks import read_chunk, write_chunk
 from sq_stream.formats.storage import is_missing, make_folder, storage_errors, sync
 from sq_stream.models.forward import Decoder
 from sq_stream.models.layers import Array, Site
-from sq_stream.parallel import Workers
+from sq_stream.parallel import Workers, release_freed
 
 Add = Callable[[Site, Array], None]
 """Adds vectors [..., n] to the second moment of a site."""
@@ -190,8 +190,11 @@ def run_steps(
     on_event(StageStarted(stage, n_tokens, "tokens"))
     with Workers(budget.threads) as workers:
         for number in range(entry.done, n_steps):
+            release_freed()
             step = make_step(number)
             for done, _ in enumerate(step.run(n_batches, budget, workers), 1):
                 on_event(Progress(stage, step.name, int(n_tokens * (number + done / n_batches) / n_steps), n_tokens))
             entry.finish_step(step.finish(energy, workers))
+            del step  # and with it its weights, before those of the next one are read
+    release_freed()
     entry.remove_pass()

@@ -28,7 +28,7 @@ BYTES_PER_ENCODED_WEIGHT = 20
 """Of the rows that are encoded together, where a baseline is made in memory."""
 BYTES_PER_SCORE = 64
 """Of one position of one model: the sums of a comparison and what scores are made of."""
-BLAS_BYTES = 12 * MIB
+BLAS_BYTES = 4 * MIB
 """Packed panels that BLAS keeps for each thread at the output matrix."""
 MOST_TOKENS = 4096
 """Rows of the output matrix in a tile."""
@@ -59,7 +59,7 @@ def choose_budget(
     max_ram: int,
     kept: Collection[str] = (),
 ) -> Budget:
-    """The fastest way to run that `max_ram` bytes allow, even if kernels must be compiled.
+    """The fastest way to run that `max_ram` bytes allow, even if kernels must be compiled, or else if they need not.
 
     Args:
         models: the reference first.
@@ -68,7 +68,7 @@ def choose_budget(
         before: peak resident bytes of what comes before, the calibration of a baseline.
         threads: at most.
         max_ram: bytes of resident memory that the process may use at its peak.
-        kept: those of `kernel_uses` whose kernels need not be compiled; they only lower the peak that is stated.
+        kept: those of `kernel_uses` whose kernels need not be compiled.
 
     Raises:
         DoesNotFitError: `max_ram` is too small; the message names the smallest that works.
@@ -79,10 +79,12 @@ def choose_budget(
         list(_ways(models, suites, fixed + compiling_bytes(missing), before, threads))
         for missing in (uses, uses - set(kept))
     )
-    for i, way in enumerate(largest):
-        if way.peak_ram <= max_ram:
-            return likely[i]
-    smallest = min(way.peak_ram for way in largest)
+    deciding = [largest, likely] if uses <= set(kept) else [largest]
+    for ways in deciding:
+        for way, stated in zip(ways, likely, strict=True):
+            if way.peak_ram <= max_ram:
+                return stated
+    smallest = min(way.peak_ram for way in deciding[-1])
     raise DoesNotFitError(
         f"--max-ram {format_size(max_ram)} is too small for these models and texts: "
         f"the smallest that works is --max-ram {-(-smallest // MIB)}M"

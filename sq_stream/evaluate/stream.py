@@ -20,8 +20,8 @@ from sq_stream.evaluate.statistics import TokenScores
 from sq_stream.evaluate.suites import Suite
 from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.models.forward import layer_names
-from sq_stream.models.layers import Array, Weights, tiles
-from sq_stream.parallel import Workers, one_kernel_thread, set_kernel_threads
+from sq_stream.models.layers import Array, tiles
+from sq_stream.parallel import Workers, one_kernel_thread, release_freed, set_kernel_threads
 
 STAGE = "evaluate"
 
@@ -86,27 +86,34 @@ def _run_layers(model: Model, residuals: Residuals, budget: Budget, workers: Wor
     n_layer = model.decoder.n_layer
     for i in range(n_layer):
         residuals.keep_only([i])
-        if model.rounded is not None:
-            shapes = model.reader.shapes(i)
-            large = [name for short, name in layer_names(model.reader.names, i).items() if is_large(shapes[short])]
-            model.rounded.keep([] if budget.resident else large)
-        weights = model.reader.layer(i, resident=budget.resident)
-
-        def run_batch(batch: int, i: int = i, weights: Weights = weights) -> None:
-            with np.errstate(all="ignore"):  # found in the end: predictions that are not finite
-                residuals.write(i + 1, batch, model.decoder.layer(residuals.read(i, batch), weights, i))
-
-        for batch, _ in enumerate(workers.stream(run_batch, range(len(residuals.batches)))):
+        release_freed()
+        for batch, _ in enumerate(_run_layer(model, residuals, i, budget, workers)):
             progress.step(f"{model.info.name}: layer {i + 1} of {n_layer}", batch)
     residuals.keep_only([n_layer])
     if model.rounded is not None:
         model.rounded.keep([model.head])
 
 
+def _run_layer(model: Model, residuals: Residuals, i: int, budget: Budget, workers: Workers) -> Iterator[None]:
+    """Compute all batches of layer i, yielding after each in turn."""
+    if model.rounded is not None:
+        shapes = model.reader.shapes(i)
+        large = [name for short, name in layer_names(model.reader.names, i).items() if is_large(shapes[short])]
+        model.rounded.keep([] if budget.resident else large)
+    weights = model.reader.layer(i, resident=budget.resident)
+
+    def run_batch(batch: int) -> None:
+        with np.errstate(all="ignore"):  # found in the end: predictions that are not finite
+            residuals.write(i + 1, batch, model.decoder.layer(residuals.read(i, batch), weights, i))
+
+    yield from workers.stream(run_batch, range(len(residuals.batches)))
+
+
 def _compare_heads(
     models: Sequence[Model], last: Sequence[Residuals], workers: Workers, progress: _Steps
 ) -> Iterator[Comparison]:
     """Each batch's comparison."""
+    release_freed()
     heads = [model.reader.on_disk(model.head) for model in models]
     norms = [{"output_norm.weight": model.reader.read("output_norm.weight")} for model in models]
     for batch, tokens in enumerate(last[0].batches):

@@ -23,7 +23,9 @@ from sq_stream.units import format_size
 SHAPED_TYPES = frozenset(("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1"))
 
 # Resident bytes before any tile: interpreter, NumPy, tokenizers, and Numba with kernels that it finds compiled.
-PROGRAM_BYTES = 164 * MIB
+PROGRAM_BYTES = 168 * MIB
+# The same of the kernels of shaping, beyond those of plain encoding.
+SHAPING_BYTES = 20 * MIB
 # What Numba takes to compile anything, and what it keeps of having compiled the encoders of some types. All of these
 # are from the peak memory that `quantize` states for a small model, with a filled and with an empty NUMBA_CACHE_DIR.
 COMPILER_BYTES = 20 * MIB
@@ -40,9 +42,12 @@ BLAS_BYTES = 6 * MIB
 # Resident bytes for one weight of the tile in work: the float32 tile and one copy where rows are reordered or
 # transformed (8), the encoded bytes (2, or 4 of rare types), and a truth value.
 BYTES_PER_WEIGHT = 11
-# The same where the tile is shaped: the tile, wanted values, errors, codes and E Sᵀ; and for a row, work on a panel.
-BYTES_PER_SHAPED_WEIGHT = 20
-BYTES_PER_SHAPED_ROW = 8192
+# The same where the tile is shaped: the tile, wanted values, errors, codes; for a row, work on a panel, and for a row
+# and each row of a sketch S that is not exact, E Sᵀ; and work on some rows at a time.
+BYTES_PER_SHAPED_WEIGHT = 17
+BYTES_PER_SHAPED_ROW = 3584
+BYTES_PER_PROJECTED_ERROR = 4
+SHAPED_ROWS_BYTES = MIB
 # And where it is shaped in its turn: what is wanted instead of it.
 BYTES_PER_WEIGHT_IN_TURN = 8
 # Resident bytes for one weight that is read back and compared: blocks, values, and the source's before and after
@@ -140,6 +145,7 @@ def encoding_needs(
     """
     uses = kernel_uses((block_type for _, block_type in tensors), shaped=ranks is not None)
     program = PROGRAM_BYTES + BYTES_PER_VOCABULARY_BYTE * vocabulary_bytes + compiling_bytes(uses - set(kept))
+    program += SHAPING_BYTES if ranks is not None else 0
 
     def needs(shape: tuple[int, ...], block_type: BlockType) -> TensorNeeds:
         n_weights, n_in = math.prod(shape), shape[-1]
@@ -147,9 +153,10 @@ def encoding_needs(
             return TensorNeeds(0, BYTES_PER_WEIGHT, SLAB * n_in, n_weights)
         turn = (4 * n_in**2, BYTES_PER_WEIGHT_IN_TURN) if in_turn else (0, 0)
         rows = RowFeedback.needed_bytes(shape[0], n_in, threads) if shape in two_sided else 0
+        metric, per_row = _metric_bytes(n_in, ranks.get(n_in), threads), shaped_row_bytes(n_in, ranks.get(n_in))
         return TensorNeeds(
-            fixed=_metric_bytes(n_in, ranks.get(n_in), threads) + BLAS_BYTES * threads + turn[0] + rows,
-            per_weight=BYTES_PER_SHAPED_WEIGHT + BYTES_PER_SHAPED_ROW // n_in + turn[1],
+            fixed=metric + SHAPED_ROWS_BYTES + BLAS_BYTES * threads + turn[0] + rows,
+            per_weight=-(-per_row // n_in) + turn[1],
             least_tile=SLAB * n_in,
             n_weights=n_weights,
         )
@@ -173,6 +180,11 @@ def compiling_bytes(uses: Collection[str]) -> int:
     encoders = sum(n_bytes for group, n_bytes in KERNEL_BYTES.items() if not types.isdisjoint(group))
     shaping = SHAPING_KERNEL_BYTES * sum(use.endswith("-shaped") for use in uses)
     return COMPILER_BYTES + encoders + shaping if uses else 0
+
+
+def shaped_row_bytes(n_in: int, rank: int | None) -> int:
+    """Resident bytes for one row of a tile that is shaped; without a rank, its metric is exact."""
+    return BYTES_PER_SHAPED_WEIGHT * n_in + BYTES_PER_SHAPED_ROW + BYTES_PER_PROJECTED_ERROR * (rank or 0)
 
 
 def _metric_bytes(n_in: int, rank: int | None, threads: int) -> int:
@@ -199,7 +211,7 @@ def make_budget(
     Args:
         tensors: row-major shape and type of every tensor of the output.
         needs: of encoding them while kernels are compiled, which decides what fits: the same job must be the same
-            job when they are compiled already.
+            job when they are compiled already. What fits only without that is planned without.
         likely: of encoding them with the kernels that are there, which is what will be measured.
         file_bytes: size of the finished file.
         max_ram: bytes of resident memory that the process may use at its peak.

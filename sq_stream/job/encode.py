@@ -20,7 +20,7 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.storage import storage_errors
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.tiles import row_tiles
-from sq_stream.parallel import Workers, set_kernel_threads
+from sq_stream.parallel import Workers, release_freed, set_kernel_threads
 from sq_stream.quantize.rows import RowFeedback
 from sq_stream.quantize.smooth import UNSCALED, Scaling
 
@@ -82,10 +82,12 @@ class Encoding:
                 if name not in self.checksums and name not in in_turn:
                     sketch = self.sketches.get(name) if self.sketches else None
                     self.encode(tensor, make_encoder(tensor.type, sketch, workers))
+            if self.sketches:
+                self.sketches.forget()
             if in_turn:
                 encode_in_turn(self, workers)
-            if self.plan.turns and self.plan.turns.refining:
-                refine(self, self.plan.turns.refining, workers)
+        if self.plan.turns and self.plan.turns.refining:
+            refine(self, self.plan.turns.refining)
 
     def tell(self, what: str, n_encoded: int = 0) -> None:
         """Say what is going on; `n_encoded` weights of an unfinished tensor are encoded."""
@@ -105,6 +107,7 @@ class Encoding:
                 yield rows, data
                 self.tell(tensor.source.name, rows.stop * tensor.source.n_in)
 
+        release_freed()
         self._write(tensor, blocks())
         self._n_done += _n_weights(tensor)
         self.on_event(TensorFinished(tensor.source.name, tensor.type.name, _n_weights(tensor), tensor.layout.n_bytes))

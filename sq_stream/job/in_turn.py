@@ -30,8 +30,10 @@ def encode_in_turn(encoding: Encoding, workers: Workers) -> None:
         BadInputError: weights or activations are NaN or infinite, or the journal is damaged.
         StorageError: reading or writing failed; what is done is kept.
     """
-    with GGUFReader.open(encoding.file.partial, growing=True) as file:
-        turns = _Turns(encoding, file, workers)
+    assert encoding.plan.turns is not None
+    n_threads = encoding.plan.turns.pairing.threads  # memory may allow fewer of them to stream than to encode
+    with GGUFReader.open(encoding.file.partial, growing=True) as file, Workers(n_threads) as streaming:
+        turns = _Turns(encoding, file, workers, streaming)
         try:
             turns.take(_n_finished(encoding.journal))
         except LostWorkError:
@@ -47,7 +49,7 @@ def _n_finished(journal: Journal) -> int:
 
 
 class _Turns:
-    def __init__(self, encoding: Encoding, file: GGUFReader, workers: Workers) -> None:
+    def __init__(self, encoding: Encoding, file: GGUFReader, workers: Workers, streaming: Workers) -> None:
         plan = encoding.plan
         assert plan.calibration is not None
         assert plan.turns is not None
@@ -67,7 +69,7 @@ class _Turns:
             Side(Residuals(folder / "quantized", batches, quantized, decoder), self._layer),
             columns={name: s.columns for name, s in encoding.scalings.items() if s.columns is not None},
             n_fit=len(fit),
-            workers=workers,
+            workers=streaming,
             tell=encoding.tell,
         )
 
@@ -100,7 +102,9 @@ class _Turns:
         """How the rows of a linear make up for each other's errors, if they do."""
         if self._encoding.gradients is None or name not in self._two_sided:
             return None
-        return RowFeedback(self._encoding.gradients[name], self._workers)
+        feedback = RowFeedback(self._encoding.gradients[name], self._workers)
+        self._encoding.gradients.forget()
+        return feedback
 
     def _layer(self, i: int) -> Mapping[str, Any]:
         """Tensors of layer i as they are in the file; those that are not yet are zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.pairing import pairings
 from sq_stream.calibrate.sensitivity import Sensitivity
-from sq_stream.errors import StorageError, UsageError
+from sq_stream.errors import DoesNotFitError, StorageError, UsageError
 from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.checkpoint import Checkpoint
@@ -95,12 +96,22 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Read the headers of a checkpoint and plan its quantization.
 
+    What fits is decided as if kernels had to be compiled, so that the same command is the same job every time. Only
+    what would be refused for that alone is planned without, if all kernels are there: it is that job or none.
+
     Raises:
         BadInputError: the checkpoint or its tokenizer is damaged or incomplete.
         UnsupportedModelError: architecture or pre-tokenizer unknown.
         UsageError: a tensor-type pattern is wrong or matches nothing, or the output cannot be what was given.
         DoesNotFitError: memory or disk are too small.
     """
+    with suppress(DoesNotFitError):
+        return _make_plan(settings, compiling=True)
+    return _make_plan(settings, compiling=False)
+
+
+def _make_plan(settings: Settings, *, compiling: bool) -> Plan:
+    """See `make_plan`; unless all kernels are there, `compiling` is planned for anyway."""
     overrides = [parse_override(text) for text in settings.tensor_types]
     checkpoint = Checkpoint.open(settings.model_dir)
     spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=settings.mtp)
@@ -119,11 +130,15 @@ def make_plan(settings: Settings) -> Plan:
     )
     n_parameters = sum(math.prod(t.shape) for t in spec.tensors)
     shapes = [(t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)]
+    shaped = settings.effort != "fast" and settings.imatrix is None
+    uses = kernel_uses((choice.block_type for choice in choices), shaped=shaped)
+    kept = kept_kernels(uses)
     needs = partial(
         encoding_needs,
         shapes,
         vocabulary_bytes=tokenizer_bytes(settings.model_dir),
         threads=settings.threads,
+        kept=kept if kept == uses and not compiling else (),
     )
     in_turn = settings.effort == "best"
 
@@ -144,7 +159,6 @@ def make_plan(settings: Settings) -> Plan:
     )
     calibration = statistics.calibration if statistics else None
     ranks = calibration.ranks if calibration else None
-    uses = kernel_uses((choice.block_type for choice in choices), shaped=ranks is not None)
     needs = partial(needs, ranks=ranks, in_turn=in_turn)
     turns = plan_turns(
         statistics,
@@ -156,7 +170,7 @@ def make_plan(settings: Settings) -> Plan:
     budget = make_budget(
         shapes,
         needs(),
-        needs(kept=kept_kernels(uses)),
+        needs(kept=kept),
         file_bytes=layout.total_bytes,
         max_ram=settings.max_ram,
         threads=settings.threads,

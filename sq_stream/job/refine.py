@@ -10,7 +10,7 @@ from sq_stream.errors import BadInputError
 from sq_stream.events import Progress, StageStarted
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.job.encode import Encoding, streams_folder
-from sq_stream.parallel import Workers
+from sq_stream.parallel import Workers, release_freed
 from sq_stream.refine.budget import Refining
 from sq_stream.refine.parameters import Generations, RefinedWeights
 from sq_stream.refine.rounds import Refinement
@@ -19,7 +19,7 @@ from sq_stream.refine.schedule import Generation, Round, best, next_round
 STAGE = "refine"
 
 
-def refine(encoding: Encoding, refining: Refining, workers: Workers) -> None:
+def refine(encoding: Encoding, refining: Refining) -> None:
     """Refine the file, all tensors of which are encoded, unless that is done.
 
     Raises:
@@ -27,7 +27,8 @@ def refine(encoding: Encoding, refining: Refining, workers: Workers) -> None:
         StorageError: reading or writing failed; the finished rounds are kept.
     """
     if not any("folded" in record for record in encoding.journal.records):
-        with GGUFReader.open(encoding.file.partial, growing=True) as file:
+        release_freed()
+        with GGUFReader.open(encoding.file.partial, growing=True) as file, Workers(refining.threads) as workers:
             job = _Job(encoding, refining, file, workers)
             job.fold(job.descend())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import Decoder, head_name
 from sq_stream.models.layers import Array, ObserveGradients, Site, is_norm, tiles, with_prefix
-from sq_stream.parallel import Workers
+from sq_stream.parallel import Workers, release_freed
 from sq_stream.refine import adam
 from sq_stream.refine.parameters import ENDS, Generations, RefinedWeights
 from sq_stream.refine.scales import gradient
@@ -97,20 +98,22 @@ class _Pass:
             self._ours.keep_only(range(i + 1))
             self._slopes.keep_only([i + 1])
             weights = self._ours.reader.layer(i, resident=self._run.resident)
-            found = self._for_batches(lambda b: self._layer_vjp(b, i, weights), f"layer {i + 1}, backward")  # noqa: B023
+            found = self._for_batches(partial(self._layer_vjp, i, weights), f"layer {i + 1}, backward")
+            del weights  # before those of the next layer are read
             self._step(f"blk.{i}", _sum(found), step)
         self._step(ENDS, _sum([of_ends, *self._for_batches(self._embedding, "embedding")]), step)
         return self._mean(kl)
 
     def _forward(self, stream: Residuals, *, keep: bool) -> None:
         decoder = self._decoder
+
+        def compute(i: int, weights: Mapping[str, Any], batch: int) -> None:
+            stream.write(i + 1, batch, decoder.layer(stream.read(i, batch), weights, i))
+
         for i in range(decoder.n_layer):
-            weights = stream.reader.layer(i, resident=self._run.resident)
-
-            def compute(batch: int, i: int = i, weights: Mapping[str, Any] = weights) -> None:
-                stream.write(i + 1, batch, decoder.layer(stream.read(i, batch), weights, i))
-
-            self._for_batches(compute, f"layer {i + 1} of {decoder.n_layer}")
+            own = stream.reader.layer(i, resident=self._run.resident)
+            self._for_batches(partial(compute, i, own), f"layer {i + 1} of {decoder.n_layer}")
+            del own  # before those of the next layer are read
             if not keep:
                 stream.keep_only([i + 1])
 
@@ -145,7 +148,7 @@ class _Pass:
         kl, dx = divergence_vjp(*ends[1], ends[0], decoder, observe)
         return kl, dx, x, norm
 
-    def _layer_vjp(self, batch: int, i: int, weights: Mapping[str, Any]) -> Gradients:
+    def _layer_vjp(self, i: int, weights: Mapping[str, Any], batch: int) -> Gradients:
         found: Gradients = {}
         observe = with_prefix(self._observe(found), f"blk.{i}.")
         x, dy = self._ours.read(i, batch), self._slopes.read(i + 1, batch)
@@ -200,6 +203,7 @@ class _Pass:
         generations.write(of.number, group, adam.step(state, flat, of.depth, of.rate))
 
     def _for_batches(self, compute: Callable[[int], Any], what: str) -> list[Any]:
+        release_freed()
         results: list[Any] = [None] * len(self._batches)
 
         def keep(batch: int) -> None:
