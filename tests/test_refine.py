@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from sq_stream import api
+from sq_stream.calibrate.budget import Tracing
 from sq_stream.calibrate.streamed import LostWorkError
 from sq_stream.calibrate.weights import LayerReader
 from sq_stream.demo import model_folder
@@ -34,6 +35,7 @@ from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.models.forward import find_decoder, forward
 from sq_stream.parallel import Workers
 from sq_stream.refine import adam, schedule
+from sq_stream.refine.budget import refinings
 from sq_stream.refine.parameters import ENDS, Generations, RefinedWeights, group_of
 from sq_stream.refine.rounds import Refinement
 from sq_stream.refine.scales import gradient, scales_of, with_scales
@@ -356,3 +358,24 @@ def test_a_refined_file_is_still_that_of_its_checkpoint(jobs: Any) -> None:
     for name, check in checks.items():
         assert check.relative_error is not None
         assert check.relative_error < plain[name].relative_error + 0.02, name
+
+
+def test_a_round_takes_no_more_memory_than_is_planned(tmp_path: Path) -> None:
+    """What NumPy allocates, at the peak, with the fewest threads; and not far less either."""
+    plan = api.plan(model_folder(), tmp_path / "x.gguf", **{**OPTIONS, "ctx": 512}, cache=tmp_path)
+    assert plan.calibration is not None
+    assert plan.turns is not None
+    assert plan.turns.refining is not None
+    api.quantize(model_folder(), tmp_path / "x.gguf", effort="fast", pure=True)
+    for resident in (True, False):
+        with GGUFReader.open(tmp_path / "x.gguf") as file, Workers(1) as workers:
+            generations = Generations(file, tmp_path / "parameters", plan.calibration.decoder.n_layer)
+            largest = max(generations.read(0, group).shape[1] for group in ("blk.0", ENDS))
+            ways = refinings(plan.calibration, plan.turns.refining.held, largest, 1)
+            way = next(way for way in ways if way.resident == resident)
+            reader, decoder = plan.calibration.reader, plan.calibration.decoder
+            run = Refinement(reader, plan.stored_spec, generations, decoder, tmp_path, workers, resident)
+            with Tracing() as tracing:
+                run.descend(Round(1, 0, 1, 1e-3, False), way.of_round(1))
+            assert tracing.peak <= way.working_ram
+            assert tracing.peak > 0.6 * way.working_ram or not resident  # tiles of large matrices, which this has not
