@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache
 from types import TracebackType
 from typing import TypeVar
 
@@ -14,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from sq_stream.allocator import return_large_arrays
+
 T = TypeVar("T")
 R = TypeVar("R")
 
-LARGE_BYTES = 2**22  # of an array that goes back to the system as soon as it is freed
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SLAB = 128  # rows of a matrix product that one thread computes at a time
 
 
@@ -27,7 +24,7 @@ class Workers:
 
     def __init__(self, n_threads: int, begin: Callable[[], None] | None = None) -> None:
         """`n_threads` threads, in each of which `begin` is called first."""
-        _return_large_arrays()
+        return_large_arrays()
         self._limits = threadpool_limits(1, user_api="blas")
         self._pool = ThreadPoolExecutor(n_threads, initializer=begin)
 
@@ -73,29 +70,3 @@ def set_kernel_threads(n: int) -> None:
     import numba
 
     numba.set_num_threads(n)
-
-
-@cache
-def _c_library() -> ctypes.CDLL | None:
-    """The C library that this process allocates with, if it is glibc."""
-    with suppress(AttributeError, OSError, TypeError):
-        library = ctypes.CDLL(None)
-        if library.mallopt and library.malloc_trim:
-            return library
-    return None
-
-
-def _return_large_arrays() -> None:
-    """Have glibc give back large arrays when they are freed.
-
-    By itself it keeps those of up to 32 MiB, each thread its own, so that what is resident exceeds by a quarter what is
-    allocated, and depends on chance.
-    """
-    if library := _c_library():
-        library.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
-
-
-def release_freed() -> None:
-    """Have it give back the rest of what is freed: what is resident then does not depend on the stages before."""
-    if library := _c_library():
-        library.malloc_trim(0)

@@ -22,6 +22,7 @@ from functools import partial
 
 import numpy as np
 
+from sq_stream.allocator import release_freed
 from sq_stream.calibrate.moments import CrossMoment, ExactMoment
 from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.regression import shrunk_regression
@@ -30,7 +31,7 @@ from sq_stream.calibrate.streamed import Residuals
 from sq_stream.errors import BadInputError
 from sq_stream.models.layers import Array, Site, Weights, linear
 from sq_stream.models.parts import Branch
-from sq_stream.parallel import Workers, release_freed
+from sq_stream.parallel import Workers
 
 HEAD = -1
 """In the place of a layer's number: what comes behind the layers."""

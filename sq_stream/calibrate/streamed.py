@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sq_stream.allocator import release_freed
 from sq_stream.calibrate.budget import Budget, windows_per_batch
 from sq_stream.calibrate.moments import Moment
 from sq_stream.calibrate.ordered import InOrder
@@ -20,7 +21,7 @@ from sq_stream.formats.chunks import read_chunk, write_chunk
 from sq_stream.formats.storage import is_missing, make_folder, storage_errors, sync
 from sq_stream.models.forward import Decoder
 from sq_stream.models.layers import Array, Site
-from sq_stream.parallel import Workers, release_freed
+from sq_stream.parallel import Workers
 
 Add = Callable[[Site, Array], None]
 """Adds vectors [..., n] to the second moment of a site."""

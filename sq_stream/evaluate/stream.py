@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sq_stream.allocator import release_freed
 from sq_stream.calibrate.budget import windows_per_batch
 from sq_stream.calibrate.documents import Ids
 from sq_stream.calibrate.streamed import Residuals
@@ -21,7 +22,7 @@ from sq_stream.evaluate.suites import Suite
 from sq_stream.events import OnEvent, Progress, StageStarted
 from sq_stream.models.forward import layer_names
 from sq_stream.models.layers import Array, tiles
-from sq_stream.parallel import Workers, one_kernel_thread, release_freed, set_kernel_threads
+from sq_stream.parallel import Workers, one_kernel_thread, set_kernel_threads
 
 STAGE = "evaluate"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sq_stream.allocator import release_freed
 from sq_stream.calibrate.gguf_weights import decoder_of
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.events import OnEvent, Progress, StageStarted, TensorFinished
@@ -20,7 +21,7 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.storage import storage_errors
 from sq_stream.job.plan import Plan, PlannedTensor
 from sq_stream.job.tiles import row_tiles
-from sq_stream.parallel import Workers, release_freed, set_kernel_threads
+from sq_stream.parallel import Workers, set_kernel_threads
 from sq_stream.quantize.rows import RowFeedback
 from sq_stream.quantize.smooth import UNSCALED, Scaling
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 
+from sq_stream.allocator import release_freed
 from sq_stream.calibrate.streamed import LostWorkError
 from sq_stream.errors import BadInputError
 from sq_stream.events import Progress, StageStarted
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.job.encode import Encoding, streams_folder
-from sq_stream.parallel import Workers, release_freed
+from sq_stream.parallel import Workers
 from sq_stream.refine.budget import Refining
 from sq_stream.refine.parameters import Generations, RefinedWeights
 from sq_stream.refine.rounds import Refinement

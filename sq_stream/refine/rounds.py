@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sq_stream.allocator import release_freed
 from sq_stream.calibrate.gguf_weights import row_runs
 from sq_stream.calibrate.ordered import InOrder
 from sq_stream.calibrate.streamed import Residuals, Stream, into_batches
@@ -24,7 +25,7 @@ from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.base import ModelSpec
 from sq_stream.models.forward import Decoder, head_name
 from sq_stream.models.layers import Array, ObserveGradients, Site, is_norm, tiles, with_prefix
-from sq_stream.parallel import Workers, release_freed
+from sq_stream.parallel import Workers
 from sq_stream.refine import adam
 from sq_stream.refine.parameters import ENDS, Generations, RefinedWeights
 from sq_stream.refine.scales import gradient
