@@ -70,9 +70,8 @@ FORBIDDEN_MODULES = {
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "transformers", "socket", "ssl",
     "urllib", "http", "ftplib", "requests", "huggingface_hub", "code", "codeop", "ctypes", "runpy", "xmlrpc",
 }  # fmt: skip
-ALLOWED = {
-    "allocator.py": {"ctypes", "ctypes.CDLL"}
-}  # of the C library that the process has already; nothing from a file gets there
+# Of the C library that the process has already; nothing from a file gets there.
+ALLOWED = {"allocator.py": {"ctypes", "ctypes.CDLL"}}
 FORBIDDEN_CALLS = {
     "eval",
     "exec",
