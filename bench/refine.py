@@ -19,7 +19,6 @@ from texts import TextFile, cut_texts
 from sq_stream.calibrate.corpus import CTX, WINDOWS
 from sq_stream.evaluate.models import open_reference
 from sq_stream.formats.gguf_read import GGUFReader
-from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.parallel import Workers
 from sq_stream.refine.budget import CHECK_TOKENS, Refining
 from sq_stream.refine.parameters import Generations, RefinedWeights
@@ -42,7 +41,6 @@ def main() -> None:
     calib, held, *texts = cut_texts(arguments.model_dir, packaged, arguments.text)
     reference = open_reference(arguments.model_dir)
     spec, decoder = reference.spec, reference.model.decoder
-    stored = tuple(TensorMap(tensor.name, tensor.shape, tensor.name) for tensor in spec.tensors)
     refining = Refining(calib.windows, held.windows, arguments.threads, resident=True, working_ram=0, peak_disk=0)
     with (
         tempfile.TemporaryDirectory(dir=arguments.refined.parent) as folder,
@@ -52,7 +50,7 @@ def main() -> None:
         generations = Generations(file, Path(folder) / "parameters", decoder.n_layer)
         run = Refinement(
             reference.model.reader,
-            ModelSpec(spec.arch, spec.n_layer, stored, spec.metadata),
+            spec.stored,
             generations,
             decoder,
             Path(folder),

@@ -374,7 +374,7 @@ def test_a_round_takes_no_more_memory_than_is_planned(tmp_path: Path) -> None:
             ways = refinings(plan.calibration, plan.turns.refining.held, largest, 1)
             way = next(way for way in ways if way.resident == resident)
             reader, decoder = plan.calibration.reader, plan.calibration.decoder
-            run = Refinement(reader, plan.stored_spec, generations, decoder, tmp_path, workers, resident)
+            run = Refinement(reader, plan.spec.stored, generations, decoder, tmp_path, workers, resident)
             with Tracing() as tracing:
                 run.descend(Round(1, 0, 1, 1e-3, False), way.of_round(1))
             assert tracing.peak <= way.working_ram

@@ -59,7 +59,7 @@ class _Turns:
         decoder, folder = plan.calibration.decoder, streams_folder(plan.settings.output)
         fit = into_batches(plan.calibration.windows)
         batches = [*fit, *into_batches(self._pairing.held)]
-        reference, quantized = plan.calibration.reader, LayerReader(plan.stored_spec, GGUFWeights(file))
+        reference, quantized = plan.calibration.reader, LayerReader(plan.spec.stored, GGUFWeights(file))
         self._quantized = quantized
         self._pass = PairedPass(
             Side(

@@ -72,12 +72,6 @@ class Plan:
         return self.statistics.sensitivity if self.statistics else None
 
     @property
-    def stored_spec(self) -> ModelSpec:
-        """The model with its tensors as they are in the file."""
-        tensors = tuple(TensorMap(tensor.name, tensor.shape, tensor.name) for tensor in self.spec.tensors)
-        return ModelSpec(self.spec.arch, self.spec.n_layer, tensors, self.spec.metadata)
-
-    @property
     def n_weights(self) -> int:
         """Values in all tensors of the output."""
         return sum(math.prod(t.layout.shape) for t in self.tensors)

@@ -45,7 +45,7 @@ class _Job:
         self._generations = Generations(file, folder / STAGE / "parameters", decoder.n_layer)
         self._run = Refinement(
             reference=plan.calibration.reader,
-            file_spec=plan.stored_spec,
+            file_spec=plan.spec.stored,
             generations=self._generations,
             decoder=decoder,
             folder=folder / STAGE,
@@ -84,12 +84,13 @@ class _Job:
 
     def fold(self, best: int) -> None:
         """Put a generation into the file. Codes stay, so that this can be done again after an interruption."""
-        for tensor in self._encoding.plan.tensors if best else ():
-            if tensor.source.name in self._generations.shapes:
-                try:
-                    self._encoding.replace(tensor, RefinedWeights(self._generations, best).data)
-                except LostWorkError as error:  # nor is what the file held before it known any more
-                    raise BadInputError(f"{error}: start over with --fresh") from error
+        weights = RefinedWeights(self._generations, best)
+        try:
+            for tensor in self._encoding.plan.tensors if best else ():
+                if tensor.source.name in self._generations.shapes:
+                    self._encoding.replace(tensor, weights.data)
+        except LostWorkError as error:  # nor is what the file held before it known any more
+            raise BadInputError(f"{error}: start over with --fresh") from error
         self._encoding.journal.append({"folded": best})
 
     def _append(self, generation: Generation) -> None:

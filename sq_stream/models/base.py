@@ -80,6 +80,12 @@ class ModelSpec:
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> checkpoint tensors not converted
     notes: tuple[str, ...] = ()  # where llama.cpp will run the model otherwise than its authors' code: for the user
 
+    @property
+    def stored(self) -> ModelSpec:
+        """The same model, its tensors taken from its GGUF file as they are there."""
+        tensors = tuple(TensorMap(tensor.name, tensor.shape, tensor.name) for tensor in self.tensors)
+        return ModelSpec(self.arch, self.n_layer, tensors, self.metadata)
+
 
 class ModelFile(Protocol):
     """What each module in models/ defines; adding an architecture is adding one such module."""
