@@ -256,7 +256,7 @@ def test_another_job_is_not_gone_on_with(what: str, forge: Forge, whole: Whole, 
         before = (forge.work / "out.gguf.partial").read_bytes(), journal.read_bytes()
         refused = forge.run([*arguments, *more])
         assert refused.code == 2
-        assert f"an interrupted run with another {what}" in refused.message.replace(
+        assert f"an interrupted run that differs in {what}" in refused.message.replace(
             "calibration text, importance", "importance"
         )
         assert ((forge.work / "out.gguf.partial").read_bytes(), journal.read_bytes()) == before

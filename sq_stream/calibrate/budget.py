@@ -21,7 +21,7 @@ MIB = 2**20
 
 BATCH_TOKENS = 2048
 """Tokens of the windows that are computed together: fixed, so that results depend neither on threads nor memory."""
-FIXED_BYTES = 92 * MIB
+FIXED_BYTES = 68 * MIB
 """Resident bytes before anything of the model: interpreter, NumPy, the packaged text and what its windows took."""
 BYTES_PER_VOCABULARY_BYTE = 12
 """Resident bytes for one byte of the tokenizer's files: the vocabulary, and what allocators keep of reading it."""
@@ -208,7 +208,7 @@ def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0
     """
     tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
     activations = max(layer.activations + tile, observing, 2 * chunk) + n_input * chunk
-    return activations + activations // 8 + BLAS_BYTES  # an eighth of it freed, and kept by the allocator
+    return activations + activations // 16 + BLAS_BYTES  # a sixteenth of it freed, and kept by the allocator
 
 
 def _needs(width: int, ranks: Mapping[int, int], n: int) -> Needs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from sq_stream.formats.atomic import partial_path
 from sq_stream.formats.blocks import BlockType
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_layout import FileLayout, TensorLayout, lay_out
-from sq_stream.job.budget import Budget, check_disk, encoding_needs, kernel_uses, make_budget
+from sq_stream.job.budget import Budget, EncodingNeeds, check_disk, encoding_needs, kernel_uses, make_budget
 from sq_stream.job.identity import general_entries
 from sq_stream.job.settings import Settings
 from sq_stream.job.statistics import Statistics, find_statistics
@@ -29,8 +29,8 @@ from sq_stream.job.turns import Turns, plan_turns
 from sq_stream.kernels.cache import kept_kernels
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
-from sq_stream.quantize.recipe import RECIPES, choose_types, parse_override
-from sq_stream.text.vocabulary import read_vocabulary, tokenizer_bytes
+from sq_stream.quantize.recipe import RECIPES, Choice, choose_types, parse_override
+from sq_stream.text.vocabulary import Vocabulary, read_vocabulary, tokenizer_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,26 @@ class Plan:
         return 8 * self.tensor_bytes / self.n_weights
 
 
+@dataclass(frozen=True, eq=False)
+class _Headers:
+    """What is known of a job before anything is planned."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    vocabulary: Vocabulary
+    choices: Sequence[Choice]  # of a type for each tensor of `spec`
+
+    @property
+    def shapes(self) -> list[tuple[tuple[int, ...], BlockType]]:
+        """Row-major shape and type of every tensor of the output."""
+        return [(t.shape, choice.block_type) for t, choice in zip(self.spec.tensors, self.choices, strict=True)]
+
+    @property
+    def by_name(self) -> dict[str, tuple[tuple[int, ...], BlockType]]:
+        """The same by name."""
+        return {t.name: shaped for t, shaped in zip(self.spec.tensors, self.shapes, strict=True)}
+
+
 def make_plan(settings: Settings) -> Plan:
     """Read the headers of a checkpoint and plan its quantization.
 
@@ -99,13 +119,27 @@ def make_plan(settings: Settings) -> Plan:
         UsageError: a tensor-type pattern is wrong or matches nothing, or the output cannot be what was given.
         DoesNotFitError: memory or disk are too small.
     """
-    with suppress(DoesNotFitError):
-        return _make_plan(settings, compiling=True)
-    return _make_plan(settings, compiling=False)
+    headers = _read_headers(settings)
+    shaped = settings.effort != "fast" and settings.imatrix is None
+    uses = kernel_uses((choice.block_type for choice in headers.choices), shaped=shaped)
+    kept = kept_kernels(uses)
+    needs = partial(
+        encoding_needs,
+        headers.shapes,
+        vocabulary_bytes=tokenizer_bytes(settings.model_dir),
+        threads=settings.threads,
+        in_turn=settings.effort == "best",
+    )
+    try:
+        return _fit(settings, headers, needs, partial(needs, kept=kept))
+    except DoesNotFitError:
+        if kept != uses:
+            raise
+    return _fit(settings, headers, partial(needs, kept=kept), partial(needs, kept=kept))
 
 
-def _make_plan(settings: Settings, *, compiling: bool) -> Plan:
-    """See `make_plan`; unless all kernels are there, `compiling` is planned for anyway."""
+def _read_headers(settings: Settings) -> _Headers:
+    """See `make_plan`, but for what does not fit."""
     overrides = [parse_override(text) for text in settings.tensor_types]
     checkpoint = Checkpoint.open(settings.model_dir)
     spec = find(checkpoint.config).describe(checkpoint.config, checkpoint.shapes, mtp=settings.mtp)
@@ -122,49 +156,33 @@ def _make_plan(settings: Settings, *, compiling: bool) -> Plan:
         pure=settings.pure,
         overrides=overrides,
     )
-    n_parameters = sum(math.prod(t.shape) for t in spec.tensors)
-    shapes = [(t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)]
-    shaped = settings.effort != "fast" and settings.imatrix is None
-    uses = kernel_uses((choice.block_type for choice in choices), shaped=shaped)
-    kept = kept_kernels(uses)
-    needs = partial(
-        encoding_needs,
-        shapes,
-        vocabulary_bytes=tokenizer_bytes(settings.model_dir),
-        threads=settings.threads,
-        kept=kept if kept == uses and not compiling else (),
-    )
-    in_turn = settings.effort == "best"
+    return _Headers(checkpoint, spec, vocabulary, choices)
 
-    def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
-        """Bytes of what follows it."""
-        ways = pairings(calibration, held, settings.threads) if in_turn else ()
-        encoding = needs(ranks=calibration.ranks, in_turn=in_turn)
-        in_pass = min((way.working_ram for way in ways), default=sys.maxsize if in_turn else 0)
-        return max(encoding.smallest, encoding.program + in_pass)
 
-    statistics = find_statistics(settings, checkpoint, spec, vocabulary, afterwards)
-    general = general_entries(
-        settings, arch=spec.arch, file_type=RECIPES[settings.recipe].file_type, n_parameters=n_parameters
-    )
-    layout = lay_out(
-        [*general, *(statistics.entries if statistics else ()), *spec.metadata, *vocabulary.metadata],
-        [(t.name, t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)],
-    )
-    calibration = statistics.calibration if statistics else None
-    ranks = calibration.ranks if calibration else None
-    needs = partial(needs, ranks=ranks, in_turn=in_turn)
-    turns = plan_turns(
-        statistics,
-        {t.name: (t.shape, choice.block_type) for t, choice in zip(spec.tensors, choices, strict=True)},
-        lambda two_sided: needs(two_sided=two_sided),
-        settings,
-    )
-    needs = partial(needs, two_sided=frozenset(turns.two_sided.values() if turns else ()))
+def _fit(
+    settings: Settings,
+    headers: _Headers,
+    needs: Callable[..., EncodingNeeds],
+    likely: Callable[..., EncodingNeeds],
+) -> Plan:
+    """The plan that memory allows.
+
+    Args:
+        settings: of the job.
+        headers: of its input.
+        needs: what decides of encoding, from `ranks` and `two_sided` as of `encoding_needs`.
+        likely: what encoding will take, from the same.
+    """
+    checkpoint, spec, vocabulary = headers.checkpoint, headers.spec, headers.vocabulary
+    statistics = _find_statistics(settings, headers, needs)
+    layout = _lay_out(settings, headers, statistics)
+    ranks = statistics.calibration.ranks if statistics and statistics.calibration else None
+    turns = plan_turns(statistics, headers.by_name, lambda two_sided: needs(ranks=ranks, two_sided=two_sided), settings)
+    how = {"ranks": ranks, "two_sided": frozenset(turns.two_sided.values() if turns else ())}
     budget = make_budget(
-        shapes,
-        needs(),
-        needs(kept=kept),
+        headers.shapes,
+        needs(**how),
+        likely(**how),
         file_bytes=layout.total_bytes,
         max_ram=settings.max_ram,
         threads=settings.threads,
@@ -174,13 +192,42 @@ def _make_plan(settings: Settings, *, compiling: bool) -> Plan:
     )
     tensors = tuple(
         PlannedTensor(source, place, choice.reason)
-        for source, place, choice in zip(spec.tensors, layout.tensors, choices, strict=True)
+        for source, place, choice in zip(spec.tensors, layout.tensors, headers.choices, strict=True)
     )
     left_out = (f"left out: {len(names)} tensors ({reason})" for reason, names in spec.left_out.items())
     of_text = statistics.notes if statistics else ()
     of_turns = turns.notes if turns else ()
     notes = (*checkpoint.warnings, *spec.notes, *vocabulary.notes, *of_text, *of_turns, *left_out)
     return Plan(settings, checkpoint, spec, tensors, layout, budget, statistics, turns, notes)
+
+
+def _find_statistics(settings: Settings, headers: _Headers, needs: Callable[..., EncodingNeeds]) -> Statistics | None:
+    """The statistics, of an accuracy that leaves room for what follows them."""
+    in_turn = settings.effort == "best"
+
+    def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
+        """Bytes of what follows it."""
+        ways = pairings(calibration, held, settings.threads) if in_turn else ()
+        encoding = needs(ranks=calibration.ranks)
+        in_pass = min((way.working_ram for way in ways), default=sys.maxsize if in_turn else 0)
+        return max(encoding.smallest, encoding.program + in_pass)
+
+    return find_statistics(settings, headers.checkpoint, headers.spec, headers.vocabulary, afterwards)
+
+
+def _lay_out(settings: Settings, headers: _Headers, statistics: Statistics | None) -> FileLayout:
+    """The file, whose header says what it is made from."""
+    spec = headers.spec
+    general = general_entries(
+        settings,
+        arch=spec.arch,
+        file_type=RECIPES[settings.recipe].file_type,
+        n_parameters=sum(math.prod(t.shape) for t in spec.tensors),
+    )
+    return lay_out(
+        [*general, *(statistics.entries if statistics else ()), *spec.metadata, *headers.vocabulary.metadata],
+        [(name, shape, block_type) for name, (shape, block_type) in headers.by_name.items()],
+    )
 
 
 def check_place(output: Path) -> None:

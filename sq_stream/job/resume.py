@@ -109,7 +109,7 @@ def _refuse_other(plan: Plan, header: Mapping[str, Any]) -> None:
     if differing:
         named = [key for key in differing if key != HEADER] or differing  # most of them change the header too
         raise UsageError(
-            f"{partial_path(plan.settings.output)} is the work of an interrupted run with another "
+            f"{partial_path(plan.settings.output)} is the work of an interrupted run that differs in "
             f"{', '.join(named)}: repeat that run to finish it, start over with --fresh, or name another file with -o"
         )
 
