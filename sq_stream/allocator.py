@@ -8,7 +8,7 @@ from functools import cache
 
 LARGE_BYTES = 2**22
 """Of an array that goes back to the system as soon as it is freed."""
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
 
 
 @cache
@@ -21,14 +21,15 @@ def _c_library() -> ctypes.CDLL | None:
     return None
 
 
-def return_large_arrays() -> None:
-    """Have glibc give back large arrays when they are freed.
+def return_freed_arrays() -> None:
+    """Have glibc give back freed arrays: large ones at once, others with `release_freed`.
 
-    By itself it keeps those of up to 32 MiB, each thread its own, so that what is resident exceeds by a quarter what is
-    allocated, and depends on chance.
+    By itself it keeps those of up to 32 MiB, so that what is resident exceeds by a quarter what is allocated, and
+    depends on chance; and it keeps what each thread has freed in an arena of that thread's, which is never trimmed.
     """
     if library := _c_library():
         library.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+        library.mallopt(_M_ARENA_MAX, 1)
 
 
 def release_freed() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from sq_stream.allocator import return_large_arrays
+from sq_stream.allocator import return_freed_arrays
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,7 +24,7 @@ class Workers:
 
     def __init__(self, n_threads: int, begin: Callable[[], None] | None = None) -> None:
         """`n_threads` threads, in each of which `begin` is called first."""
-        return_large_arrays()
+        return_freed_arrays()
         self._limits = threadpool_limits(1, user_api="blas")
         self._pool = ThreadPoolExecutor(n_threads, initializer=begin)
 

@@ -115,8 +115,7 @@ def _ways(models: Sequence[Model], suites: Sequence[Suite], fixed: int, before: 
         for resident in (True, False):
             working = max(_layer_bytes(chunk, layer, n_threads, resident, encoding) for chunk, layer in layers)
             working += 0 if resident else max(map(_kept_bytes, models))
-            left = max(computing_bytes(layer, chunk, resident) for chunk, layer in layers)
-            head = _head_bytes(models, max(chunk for chunk, _ in layers), n_threads, left)
+            head = _head_bytes(models, max(chunk for chunk, _ in layers), n_threads)
             yield Budget(
                 n_threads,
                 resident,
@@ -131,13 +130,13 @@ def _layer_bytes(chunk: int, layer: Layer, threads: int, resident: bool, encodin
     return weights + max(encoding, threads * computing_bytes(layer, chunk, resident))
 
 
-def _head_bytes(models: Sequence[Model], chunk: int, threads: int, left: int) -> int:
-    """While the output matrices are multiplied, tile by tile; `left`: what a thread took for layers, and may keep."""
+def _head_bytes(models: Sequence[Model], chunk: int, threads: int) -> int:
+    """While the output matrices are multiplied, tile by tile."""
     n_embd = models[0].reader.n_embd
     step = vocabulary_tile(n_embd)
     tiles = (len(models) + 1) * 4 * step * n_embd
     kept = sum(_blocks_bytes(model, [model.head]) for model in models)
-    comparing = max(left, TILES_HELD * 4 * SLICE * step + BLAS_BYTES)
+    comparing = TILES_HELD * 4 * SLICE * step + BLAS_BYTES
     return (2 * len(models) + 2) * chunk + tiles + kept + threads * comparing
 
 

@@ -23,8 +23,9 @@ Floats = NDArray[np.float64]
 
 SLICE = 256
 """Positions that one thread compares at a time: fixed, so that results do not depend on the number of threads."""
-TILES_HELD = 6
-"""Arrays of a tile of logits that `add` has at its peak: those of reference and model, exponentials, and copies."""
+TILES_HELD = 5
+"""Arrays of a tile of logits that `add` has at its peak: logits and exponentials of the reference, of the model before,
+and logits of the next."""
 
 
 @dataclass(frozen=True, eq=False)

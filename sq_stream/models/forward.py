@@ -99,8 +99,12 @@ class Decoder:
         return rms_norm_vjp(dy, x, weights, "output_norm", self.eps, observe)
 
     def cap(self, logits: Array) -> Array:
-        """Logits as the model gives them, from those of the output matrix."""
-        return np.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits
+        """Logits as the model gives them, in the place of those of the output matrix."""
+        if self.soft_cap:
+            logits /= self.soft_cap
+            np.tanh(logits, out=logits)
+            logits *= self.soft_cap
+        return logits
 
     def cap_slope(self, capped: Array) -> Array | float:
         """The derivative of `cap` where it gives `capped`."""
