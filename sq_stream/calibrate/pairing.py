@@ -98,7 +98,7 @@ def _working_ram(
         for site, width in sites.items():
             n_out = n_embd if site == decoder.branch(b).exit else width
             moment, cross = ExactMoment.needs(width), CrossMoment.needs(n_out, width)
-            looking = observing[site] + 2 * 4 * batch_tokens * width + max(moment.adding, cross.adding)
+            looking = 2 * 4 * batch_tokens * width + max(observing[site], moment.adding, cross.adding)
             computing = computing_bytes(layer, chunk, resident, looking, n_input=2)
             sums = moment.resident + 2 * cross.resident
             gathering = max(threads * computing, moment.finishing + 4 * width**2)

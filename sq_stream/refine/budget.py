@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sq_stream.allocator import LARGE_BYTES
 from sq_stream.calibrate.budget import Layer, Tracing, computing_bytes, measure_layers, windows_per_batch
 from sq_stream.calibrate.calibration import Calibration
 from sq_stream.calibrate.weights import LayerReader, Zeros
@@ -24,8 +23,6 @@ ROUND_TOKENS = 4096
 """Of a round: two batches."""
 CHECK_TOKENS = 4096
 """Of the text that decides when rounds stop."""
-KEPT_BYTES = 2 * LARGE_BYTES
-"""What the allocator keeps for each thread of arrays that are too small to be given back at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +68,7 @@ def refinings(calibration: Calibration, held: NDArray[np.int32], n_parameters: i
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
             worst = max(_layer_bytes(layer, chunk, n_threads, resident) for layer in layers)
-            working_ram = state + n_threads * KEPT_BYTES + max(worst, n_threads * head)
+            working_ram = state + max(worst, n_threads * head)
             yield Refining(windows, held[: max(1, CHECK_TOKENS // n_ctx)], n_threads, resident, working_ram, peak_disk)
 
 
