@@ -184,7 +184,7 @@ def test_a_coarser_calibration_does_not_go_on_with_what_is_done(
         quantize(path, **PART, on_event=stop)
     with pytest.raises(DoesNotFitError) as refusal:
         quantize(path, **options)
-    with pytest.raises(UsageError, match=r"another accuracy of the calibration \(--max-ram\): .*--fresh"):
+    with pytest.raises(UsageError, match=r"differs in accuracy of the calibration \(--max-ram\): .*--fresh"):
         quantize(path, **{**options, "max_ram": str(refusal.value).rsplit(maxsplit=1)[1]})
     quantize(path, **PART)
 

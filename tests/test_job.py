@@ -101,7 +101,7 @@ def test_another_job_in_the_way_is_refused_and_kept(whole: bytes, tmp_path: Path
     path = tmp_path / "out.gguf"
     with pytest.raises(Stop):
         quantize(MODEL, path, on_event=stop_after(5))
-    with pytest.raises(UsageError, match=r"another type: .*--fresh"):
+    with pytest.raises(UsageError, match=r"differs in type: .*--fresh"):
         quantize(MODEL, path, recipe="q6_k")
     quantize(MODEL, path)
     assert path.read_bytes() == whole
@@ -112,7 +112,7 @@ def test_a_changed_checkpoint_is_not_mixed_into_what_is_done(copy: Path, tmp_pat
     with pytest.raises(Stop):
         quantize(copy, path, on_event=stop_after(5))
     os.utime(copy / "model.safetensors", ns=(1, 1))
-    with pytest.raises(UsageError, match="another checkpoint"):
+    with pytest.raises(UsageError, match="differs in checkpoint"):
         quantize(copy, path)
     quantize(copy, path, fresh=True)
     assert path.is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,17 @@ from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_layout import lay_out
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.formats.gguf_write import GGUFFile
+from sq_stream.formats.journal import Journal
 from sq_stream.formats.metadata import string
+from sq_stream.job import refine as refine_job
+from sq_stream.job.encode import Encoding
 from sq_stream.kernels.codec import decode, encode
 from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.base import ModelSpec, TensorMap
 from sq_stream.models.forward import find_decoder, forward
 from sq_stream.parallel import Workers
 from sq_stream.refine import adam, schedule
-from sq_stream.refine.budget import refinings
+from sq_stream.refine.budget import Refining, refinings
 from sq_stream.refine.parameters import ENDS, Generations, RefinedWeights, group_of
 from sq_stream.refine.rounds import Refinement
 from sq_stream.refine.scales import gradient, scales_of, with_scales
@@ -307,22 +311,23 @@ OPTIONS: dict[str, Any] = {"effort": "best", "pure": True, "ctx": 128, "windows"
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """A file of the effort best, the same without refinement, and the records of the rounds."""
+    """A file of the effort best, the same as it was before refinement, and the records of the journal."""
     folder = tmp_path_factory.mktemp("jobs")
     records: list[dict[str, Any]] = []
+
+    def recording(journal: Journal, record: dict[str, Any]) -> None:
+        append(journal, record)
+        records.append(json.loads(json.dumps(record)))
+
+    def keeping(encoding: Encoding, refining: Refining) -> None:
+        shutil.copy(encoding.file.partial, folder / "plain.gguf")
+        refine(encoding, refining)
+
+    append, refine = Journal.append, refine_job.refine
     with pytest.MonkeyPatch.context() as patch:
-        from sq_stream.formats.journal import Journal
-
-        append = Journal.append
-
-        def recording(journal: Journal, record: dict[str, Any]) -> None:
-            append(journal, record)
-            records.append(json.loads(json.dumps(record)))
-
         patch.setattr(Journal, "append", recording)
+        patch.setattr(refine_job, "refine", keeping)
         api.quantize(model_folder(), folder / "best.gguf", cache=folder / "cache", **OPTIONS)
-        patch.setattr("sq_stream.job.turns._plan_refining", lambda *args: (None, ()))
-        api.quantize(model_folder(), folder / "plain.gguf", cache=folder / "cache", **OPTIONS)
     return folder / "best.gguf", folder / "plain.gguf", records
 
 
