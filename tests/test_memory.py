@@ -120,14 +120,21 @@ def test_the_plan_does_not_grow_with_depth_or_text(effort: str, tmp_path: Path) 
     assert abs(peaks[1] - peaks[0]) < 2**12  # Python's own objects are measured with the arrays
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [shape.name for shape in memory.SHAPES])
-def test_a_larger_model_under_the_limit_of_the_kernel(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("qwen3.5-0.8b", {"fast"}),
+        ("llama-3.1-8b", {"fast"}),
+        *(pytest.param(s.name, {*memory.EFFORTS, "eval"}, marks=pytest.mark.slow) for s in memory.SHAPES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "all" if len(value) > 1 else "fast",
+)
+def test_a_larger_model_under_the_limit_of_the_kernel(name: str, kinds: set[str], file: Path, tmp_path: Path) -> None:
     """What docs/memory.md is written from, from nothing."""
     if name == "reference" and REFERENCE is None:
         pytest.skip("SQ_REFERENCE_MODEL names no checkpoint folder")
     for job in memory.jobs(tmp_path, REFERENCE):
-        if job.name == name:
+        if job.name == name and job.kind in kinds:
             if job.model != REFERENCE:
                 memory.make_model(job.model)
             measured = memory.run(job, tmp_path)
