@@ -16,7 +16,9 @@ from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import is_linear
 from sq_stream.errors import BadInputError
 from sq_stream.formats.checkpoint import Checkpoint
+from sq_stream.formats.gguf_layout import lay_out
 from sq_stream.formats.gguf_read import GGUFReader
+from sq_stream.formats.metadata import ValueType, array
 
 DATASETS = ["prose.txt", "code.py"]
 
@@ -183,3 +185,12 @@ def test_other_files_are_refused(tmp_path, spec):
     writer.close()
     with pytest.raises(BadInputError, match="no importance matrix"):
         import_imatrix(tmp_path / "model.gguf", spec)
+
+
+@pytest.mark.parametrize("element", [ValueType.STRING, ValueType.FLOAT64], ids=lambda kind: kind.name)
+def test_a_type_that_is_a_list_is_none(tmp_path, spec, element):
+    """Found by fuzzing: an array of numbers is neither equal to a string nor different from it."""
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(lay_out([array("general.type", element, [])], []).header)
+    with pytest.raises(BadInputError, match="no importance matrix"):
+        import_imatrix(path, spec)

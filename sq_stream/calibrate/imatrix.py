@@ -107,7 +107,7 @@ def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
     """Mean squares and token count of every tensor."""
     with GGUFReader.open(path) as reader:
         kind = reader.metadata.get("general.type")
-        if kind is None or kind.value != "imatrix":
+        if kind is None or not isinstance(kind.value, str) or kind.value != "imatrix":
             raise BadInputError(f"{path} is a GGUF file, but no importance matrix (general.type is not imatrix)")
         values = {}
         for tensor in reader.tensors.values():
