@@ -104,6 +104,7 @@ def _ways(models: Sequence[Model], suites: Sequence[Suite], fixed: int, before: 
     n_tokens = sum(suite.windows.size for suite in suites)
     is_rounding = any(model.rounded is not None for model in models)
     contexts = {suite.windows.shape[1] for suite in suites}
+    n_batches = sum(-(-len(suite.windows) // windows_per_batch(suite.windows.shape[1])) for suite in suites)
     layers = [
         (4 * n_embd * n_ctx * windows_per_batch(n_ctx), layer)
         for n_ctx in contexts
@@ -113,7 +114,8 @@ def _ways(models: Sequence[Model], suites: Sequence[Suite], fixed: int, before: 
     encoding = BYTES_PER_ENCODED_WEIGHT * CHUNK_WEIGHTS if is_rounding else 0
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
-            working = max(_layer_bytes(chunk, layer, n_threads, resident, encoding) for chunk, layer in layers)
+            busy = min(n_threads, n_batches)
+            working = max(_layer_bytes(chunk, layer, busy, resident, encoding) for chunk, layer in layers)
             working += 0 if resident else max(map(_kept_bytes, models))
             head = _head_bytes(models, max(chunk for chunk, _ in layers), n_threads)
             yield Budget(
