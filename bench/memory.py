@@ -175,6 +175,8 @@ def main() -> None:
         with record.open("a") as file:
             file.write(json.dumps(asdict(known[-1])) + "\n")
     if arguments.docs:
+        order = [(job.name, job.kind) for job in jobs(arguments.folder, arguments.folder)]
+        known.sort(key=lambda m: order.index((m.name, m.kind)))
         notes = {shape.name: shape.reduced for shape in SHAPES}
         command = "python bench/memory.py FOLDER --reference REFERENCE --docs docs"
         (arguments.docs / "memory.md").write_text(document(known, notes, command))
