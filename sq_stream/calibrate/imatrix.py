@@ -106,8 +106,7 @@ def import_imatrix(path: Path, spec: ModelSpec) -> Sketches:
 def _read_gguf(path: Path) -> dict[str, tuple[Array, int]]:
     """Mean squares and token count of every tensor."""
     with GGUFReader.open(path) as reader:
-        kind = reader.metadata.get("general.type")
-        if kind is None or not isinstance(kind.value, str) or kind.value != "imatrix":
+        if reader.text("general.type") != "imatrix":
             raise BadInputError(f"{path} is a GGUF file, but no importance matrix (general.type is not imatrix)")
         values = {}
         for tensor in reader.tensors.values():

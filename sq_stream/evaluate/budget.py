@@ -14,6 +14,7 @@ from sq_stream.calibrate.budget import (
     windows_per_batch,
 )
 from sq_stream.calibrate.gguf_weights import CHUNK_WEIGHTS
+from sq_stream.calibrate.streamed import into_batches
 from sq_stream.errors import DoesNotFitError
 from sq_stream.evaluate.compare import SLICE, TILES_HELD
 from sq_stream.evaluate.models import Model
@@ -104,7 +105,7 @@ def _ways(models: Sequence[Model], suites: Sequence[Suite], fixed: int, before: 
     n_tokens = sum(suite.windows.size for suite in suites)
     is_rounding = any(model.rounded is not None for model in models)
     contexts = {suite.windows.shape[1] for suite in suites}
-    n_batches = sum(-(-len(suite.windows) // windows_per_batch(suite.windows.shape[1])) for suite in suites)
+    n_batches = sum(len(into_batches(suite.windows)) for suite in suites)
     layers = [
         (4 * n_embd * n_ctx * windows_per_batch(n_ctx), layer)
         for n_ctx in contexts
@@ -113,8 +114,8 @@ def _ways(models: Sequence[Model], suites: Sequence[Suite], fixed: int, before: 
     scores = BYTES_PER_SCORE * n_tokens * n_models
     encoding = BYTES_PER_ENCODED_WEIGHT * CHUNK_WEIGHTS if is_rounding else 0
     for n_threads in range(threads, 0, -1):
+        busy = min(n_threads, n_batches)
         for resident in (True, False):
-            busy = min(n_threads, n_batches)
             working = max(_layer_bytes(chunk, layer, busy, resident, encoding) for chunk, layer in layers)
             working += 0 if resident else max(map(_kept_bytes, models))
             head = _head_bytes(models, max(chunk for chunk, _ in layers), n_threads)

@@ -169,7 +169,7 @@ def _open_gguf(path: Path, name: str, role: Role, reference: Reference) -> Model
     reader = GGUFReader.open(path)
     try:
         shapes = {tensor.name: tensor.shape for tensor in reader.tensors.values()}
-        _check_same(path, _value(reader, "general.architecture"), shapes, reference)
+        _check_same(path, reader.text("general.architecture"), shapes, reference)
         _check_vocabulary(path, reader, reference.vocabulary)
         for key in [key for key in reader.metadata if key.startswith("tokenizer.")]:
             del reader.metadata[key]  # large, and not needed any more
@@ -183,8 +183,8 @@ def _open_gguf(path: Path, name: str, role: Role, reference: Reference) -> Model
                 reference.spec.arch,
                 stored,
                 file_bytes=reader.file_bytes,
-                recipe=_value(reader, "sq_stream.recipe"),
-                effort=_value(reader, "sq_stream.effort"),
+                recipe=reader.text("sq_stream.recipe"),
+                effort=reader.text("sq_stream.effort"),
             ),
             decoder=_decoder(path, reader, reference),
             reader=LayerReader(spec, GGUFWeights(reader)),
@@ -306,7 +306,7 @@ def _notes(path: Path, reader: GGUFReader) -> tuple[str, ...]:
     if f"{_CALIB}sha256" in reader.metadata and f"{_CALIB}shingles" not in reader.metadata:
         return (f"{path} has no record of its calibration text (an older version made it): {unknown}",)
     if "sq_stream.imatrix.sha256" in reader.metadata or "quantize.imatrix.file" in reader.metadata:
-        dataset = _value(reader, "quantize.imatrix.dataset")
+        dataset = reader.text("quantize.imatrix.dataset")
         return (f"{path} was made with an importance matrix of {shown(dataset or 'some text')}: {unknown}",)
     return ()
 
@@ -339,11 +339,6 @@ def _info(
         recipe=recipe,
         effort=effort,
     )
-
-
-def _value(reader: GGUFReader, key: str) -> str:
-    entry = reader.metadata.get(key)
-    return entry.value if entry is not None and isinstance(entry.value, str) else ""
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sq_stream.allocator import release_freed
-from sq_stream.calibrate.budget import windows_per_batch
 from sq_stream.calibrate.documents import Ids
-from sq_stream.calibrate.streamed import Residuals
+from sq_stream.calibrate.streamed import Residuals, into_batches
 from sq_stream.calibrate.weights import RowsOnDisk, is_large
 from sq_stream.errors import BadInputError
 from sq_stream.evaluate.budget import Budget, vocabulary_tile
@@ -39,8 +38,7 @@ class Batches:
         """Batches as large as a forward pass computes them."""
         tokens, names = [], []
         for suite in suites:
-            step = windows_per_batch(suite.windows.shape[1])
-            parts = [suite.windows[start : start + step] for start in range(0, len(suite.windows), step)]
+            parts = into_batches(suite.windows)
             tokens += parts
             names += [suite.name] * len(parts)
         return cls(tokens, names)

@@ -75,6 +75,11 @@ class GGUFReader(Closing):
         """
         return cls(Path(path), growing=growing)
 
+    def text(self, key: str) -> str:
+        """The value of a key that is a string; empty if there is none, or if it is of another type."""
+        entry = self.metadata.get(key)
+        return entry.value if entry is not None and isinstance(entry.value, str) else ""
+
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Stored rows `start` to `stop` of tensor `name`: uint8 [stop - start, row_bytes]. Safe from several threads.
 

@@ -130,12 +130,13 @@ def make_plan(settings: Settings) -> Plan:
         threads=settings.threads,
         in_turn=settings.effort == "best",
     )
+    likely = partial(needs, kept=kept)
     try:
-        return _fit(settings, headers, needs, partial(needs, kept=kept))
+        return _fit(settings, headers, needs, likely)
     except DoesNotFitError:
         if kept != uses:
             raise
-    return _fit(settings, headers, partial(needs, kept=kept), partial(needs, kept=kept))
+    return _fit(settings, headers, likely, likely)
 
 
 def _read_headers(settings: Settings) -> _Headers:
