@@ -8,7 +8,8 @@ types of `--type q4_k_m --pure`. Everything is done by the product's own code: i
 smoothing; a row that leaves something out replaces a constant of the method or hands in other statistics. Decoded
 weights are evaluated by the forward pass in float32, and once more with the activations that enter those matrices
 rounded to 8 bits in blocks as llama.cpp's CPU kernels do. Figures are mean KL divergence from the BF16 model, in nats
-per token, on the first windows of `convergence60` and on the texts given.
+per token, on the first windows of `convergence60` and on the texts given, and how many times as large it is with what
+the row names (95%, by bootstrap over windows).
 
 The statistics lie in --cache, as those of `sq-stream calibrate` do. Every figure is a line of FOLDER/figures.jsonl and
 is not computed again while model, text, row and our source are the same.
@@ -29,6 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from bootstrap import ratio
 from candidates import source_digest
 from divergence import Logits, Text, kl_divergence
 from numpy.typing import NDArray
@@ -254,10 +256,12 @@ class Figures:
         self._bench, self._path, self._checkpoint = bench, path, checkpoint
         self._references: dict[str, list[Logits]] = {}
         lines = path.read_text().splitlines() if path.exists() else []
-        self._known = {json.dumps(line["key"]): line["mean_kl"] for line in map(json.loads, lines)}
+        self._known = {json.dumps(line["key"]): np.array(line["kl"]) for line in map(json.loads, lines)}
 
-    def mean_kls(self, row: Row, variant: Variant, texts: Sequence[Text]) -> dict[tuple[str, bool], float]:
-        """By text, and whether activations are rounded."""
+    def divergences(
+        self, row: Row, variant: Variant, texts: Sequence[Text]
+    ) -> dict[tuple[str, bool], NDArray[np.float64]]:
+        """Mean KL of each window [n_windows], by text and whether activations are rounded."""
         keys = {(t.name, rounded): self._key(row, variant, t, rounded) for t in texts for rounded in (False, True)}
         if not set(keys.values()) <= self._known.keys():
             weights = self._bench.quantized(row.classes, variant)
@@ -266,36 +270,38 @@ class Figures:
                     self._add(keys[text.name, rounded], self._measure(weights, text, row, rounded))
         return {which: self._known[key] for which, key in keys.items()}
 
-    def _measure(self, weights: dict[str, Array], text: Text, row: Row, rounded: bool) -> float:
+    def _measure(self, weights: dict[str, Array], text: Text, row: Row, rounded: bool) -> NDArray[np.float64]:
         if text.name not in self._references:
             exact = self._bench.logits(self._bench.weights, text)
             self._references[text.name] = [Logits.pack(*pair) for pair in zip(exact, text.windows, strict=True)]
         names = self._bench.linears(row.classes) if rounded else ()
         pairs = zip(self._references[text.name], self._bench.logits(weights, text, names), strict=True)
-        return float(np.mean([kl_divergence(reference, logits) for reference, logits in pairs]))
+        return np.array([kl_divergence(reference, logits).mean() for reference, logits in pairs])
 
     def _key(self, row: Row, variant: Variant, text: Text, rounded: bool) -> str:
         n_windows = len(self._bench.calibration.windows)
         key = [source_digest(), self._checkpoint, n_windows, row.classes, asdict(variant), text.digest, rounded]
         return json.dumps(key)
 
-    def _add(self, key: str, mean_kl: float) -> None:
-        self._known[key] = mean_kl
+    def _add(self, key: str, kl: NDArray[np.float64]) -> None:
+        self._known[key] = kl
         with open(self._path, "a") as file:
-            file.write(json.dumps({"key": json.loads(key), "mean_kl": mean_kl}) + "\n")
+            file.write(json.dumps({"key": json.loads(key), "kl": kl.tolist()}) + "\n")
 
 
 def table(rows: Sequence[Row], bench: Bench, figures: Figures, texts: Sequence[Text]) -> Iterator[str]:
     """Lines of Markdown, each as soon as it is known."""
-    yield "| what | quantized | text | activations | without | with |"
-    yield "|" + " --- |" * 6
+    yield "| what | quantized | text | activations | without | with | ratio (95%) |"
+    yield "|" + " --- |" * 7
     for row in rows:
         if not bench.linears(row.classes):
             print(f"{row.what}: this model has no {', '.join(row.classes)}", file=sys.stderr)
             continue
-        without, with_it = (figures.mean_kls(row, variant, texts) for variant in (row.without, row.with_it))
+        without, with_it = (figures.divergences(row, variant, texts) for variant in (row.without, row.with_it))
         for text, rounded in without:
-            values = [f"{kls[text, rounded]:.4f}" for kls in (without, with_it)]
+            before, after = without[text, rounded], with_it[text, rounded]
+            times, (low, high) = ratio(after, before)
+            values = [f"{before.mean():.4f}", f"{after.mean():.4f}", f"{times:.3f} ({low:.3f} to {high:.3f})"]
             activations = "8 bits" if rounded else "float32"
             cells = [row.what, ", ".join(row.classes) or "all", text, activations, *values]
             yield f"| {' | '.join(cells)} |"

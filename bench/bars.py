@@ -9,6 +9,7 @@ from functools import cache
 
 import gguf
 import numpy as np
+from bootstrap import interval, ratio, resampled
 from candidates import File
 from divergence import Scores
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from sq_stream.units import parse_size
 
 MIB = 2**20
-N_SAMPLES = 10_000
 REFERENCE = "BF16"
 BASELINE = "q4_k_m-pure, llama.cpp"
 """What recovery is counted from."""
@@ -101,17 +101,6 @@ RULES = {
 """Sets of bars: those of the width-768 reference model, where every matrix is a K type, and those of other models."""
 
 
-def _resampled(window_means: Array) -> Array:
-    """Means of windows drawn again with replacement, the same ones for every file: [N_SAMPLES]."""
-    n = len(window_means)
-    return window_means[np.random.default_rng(0).integers(n, size=(N_SAMPLES, n))].mean(axis=1)
-
-
-def _interval(samples: Array) -> tuple[float, float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return float(low), float(high)
-
-
 @cache
 def _size(file: File) -> tuple[int, int]:
     """Bytes and weights of all tensors."""
@@ -130,7 +119,7 @@ def summarize(text: str, file: File, all_scores: Mapping[str, Scores], skip: int
         tensor_mib=n_bytes / MIB,
         bits_per_weight=8 * n_bytes / n_weights,
         mean_kl=float(scores.kl.mean()),
-        mean_kl_interval=_interval(_resampled(scores.kl.mean(axis=1))),
+        mean_kl_interval=interval(resampled(scores.kl.mean(axis=1))),
         mean_kl_later=float(scores.kl[:, skip:].mean()),
         median_kl=float(np.median(scores.kl)),
         kl_99=float(np.quantile(scores.kl, 0.99)),
@@ -163,12 +152,12 @@ def check(text: str, scores: Mapping[str, Scores], rules: Sequence[Rule], skip: 
             continue
         above, below = _fraction(rule, scores, 0)
         later_above, later_below = _fraction(rule, scores, skip)
-        figure = float(above.mean() / below.mean())
+        figure, range_ = ratio(above, below)
         yield Bar(
             text=text,
             bar=rule.bar,
             figure=figure,
-            interval=_interval(_resampled(above) / _resampled(below)),
+            interval=range_,
             figure_later=float(later_above.mean() / later_below.mean()),
             limit=rule.limit,
             at_least=rule.gap,

@@ -1,21 +1,27 @@
-r"""Where the KL of a file sits: how much of it goes when one group of its tensors has its BF16 values again.
+r"""Where the KL of a file sits: what goes when a group of tensors is BF16 again, and what 8-bit activations cost.
 
     python bench/where.py MODEL_DIR FILE.gguf --text wikitext2=wikitext2-test.txt:8x512
 
 Groups are the kinds of tensors, and a few layers at a time. A tensor that was smoothed gets the values of the
 checkpoint scaled in the same way (as `sq-stream verify --against` finds it), so that all else of the file still fits.
 Everything is evaluated by the forward pass in float32, in memory. The share that goes has a 95% interval, by bootstrap
-over windows; shares need not add up to 1, errors being neither independent nor small.
+over windows; shares need not add up to 1, errors being neither independent nor small. The second table is of the
+checkpoint's values alone, scaled as the file's are: what enters the matrices of a kind is rounded to 8 bits in blocks,
+as llama.cpp's CPU kernels do, which no quantizer of weights can help.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from ablation import round_to_8_bits
+from bootstrap import ratio
 from numpy.typing import NDArray
 from texts import TextFile, cut_texts
 
@@ -24,12 +30,12 @@ from sq_stream.demo.generate import read_model
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.job.verify import Source
+from sq_stream.models import layers
 from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.forward import Decoder, head_name, layer_names
 from sq_stream.parallel import Workers
 
 Array = NDArray[np.float32]
-RESAMPLES = 2000
 LAYERS_TOGETHER = 5
 
 
@@ -56,6 +62,23 @@ def groups(quantized: Mapping[str, Array], n_layer: int) -> dict[str, list[str]]
     return found
 
 
+class MetIn8Bits(np.ndarray):  # type: ignore[type-arg]
+    """A matrix whose inputs are rounded to 8 bits."""
+
+
+def met_in_8_bits(weights: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
+    """The same weights, what enters some of the matrices being rounded."""
+    return {**weights, **{name: weights[name].view(MetIn8Bits) for name in names}}
+
+
+def linear_of_runtime(x: Array, weight: Any, bias: Array | None = None) -> Array:
+    """`layers.linear`, with inputs as the matrix meets them."""
+    return _linear(round_to_8_bits(x) if isinstance(weight, MetIn8Bits) else x, weight, bias)
+
+
+_linear = layers.linear
+
+
 def hidden(tokens: NDArray[np.int32], weights: Mapping[str, Array], decoder: Decoder) -> Array:
     """What enters the output matrix, [n_window, n_ctx, n_embd]."""
     x = decoder.embed(weights["token_embd.weight"][tokens])
@@ -79,6 +102,7 @@ def divergences(
 
         def compare(i: int, weights: Mapping[str, Array] = weights) -> Array:
             x = hidden(batches[i], weights, decoder)
+            x = round_to_8_bits(x) if isinstance(weights[head], MetIn8Bits) else x
             return divergence_vjp(x, weights[head], (theirs[i], reference[head]), decoder)[0].mean(axis=1)
 
         yield name, np.concatenate(workers.map(compare, range(len(batches)))).astype(np.float64)
@@ -94,20 +118,26 @@ def main() -> None:
     add("--threads", type=int, default=2)
     arguments = parser.parse_args()
     decoder, quantized = read_model(arguments.file)
-    scaled, random = exact(arguments.file, arguments.model_dir), np.random.RandomState(0)
+    scaled = exact(arguments.file, arguments.model_dir)
     named = groups(quantized, decoder.n_layer)
     swapped = {group: {**quantized, **{name: scaled[name] for name in names}} for group, names in named.items()}
-    with Workers(arguments.threads) as workers:
+    kinds = {group: names for group, names in named.items() if not group.startswith("layers")}
+    matrices = {group: [name for name in names if scaled[name].ndim == 2] for group, names in kinds.items()}
+    rounded = {group: met_in_8_bits(scaled, names) for group, names in matrices.items()}
+    with Workers(arguments.threads) as workers, patch.object(layers, "linear", linear_of_runtime):
         for text in cut_texts(arguments.model_dir, {"convergence": arguments.windows}, arguments.text):
             print(f"\n{text.name}\n\n| BF16 again | mean KL | share that goes (95%) |\n| --- | --- | --- |")
             others = {"nothing": quantized, **swapped}
             for group, kl in divergences(text.windows, scaled, others, decoder, workers):
                 if group == "nothing":
                     whole = kl
-                drawn = random.randint(0, len(kl), (RESAMPLES, len(kl)))
-                shares = np.quantile(1 - kl[drawn].mean(axis=1) / whole[drawn].mean(axis=1), [0.025, 0.975])
-                share = f"{1 - kl.mean() / whole.mean():.1%} ({shares[0]:.1%} to {shares[1]:.1%})"
+                left, (low, high) = ratio(kl, whole)
+                share = f"{1 - left:.1%} ({1 - high:.1%} to {1 - low:.1%})"
                 print(f"| {group} | {kl.mean():.4f} | {share} |", flush=True)
+            print("\n| 8-bit inputs of | mean KL | over that of the file (95%) |\n| --- | --- | --- |")
+            for group, kl in divergences(text.windows, scaled, rounded, decoder, workers):
+                share, (low, high) = ratio(kl, whole)
+                print(f"| {group} | {kl.mean():.4f} | {share:.1%} ({low:.1%} to {high:.1%}) |", flush=True)
 
 
 if __name__ == "__main__":

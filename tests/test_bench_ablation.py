@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import ablation
+import best_parts
 from ablation import PRODUCT, Bench, Figures, Row, Variant
 from texts import Text, cut_texts
 
@@ -94,5 +96,25 @@ def test_figures_are_measured_once(bench: Bench, text: Text, tmp_path: Path, mon
     assert len(lines) == 2 + 2
     assert "| descent | ffn_up | short | 8 bits |" in lines[-1]
     assert all(0 < float(cell) < 1 for line in lines[2:] for cell in line.split("|")[5:7])
+    assert all(re.fullmatch(r" (\d\.\d{3}) \(\1 to \1\) ", line.split("|")[7]) for line in lines[2:])  # of one window
     monkeypatch.setattr(Bench, "quantized", None)
     assert lines == list(ablation.table([row], bench, Figures(bench, tmp_path / "figures.jsonl", "model"), [text]))
+
+
+@pytest.mark.slow
+def test_the_parts_of_best_are_those_of_the_product(tmp_path: Path) -> None:
+    """Without any the file is that of `balanced`, with all that of `best`, and there is a line for each."""
+    left = [r"token_embd|blk\.[0123]\.(?!ffn_down)=bf16"]
+    options = {"windows": 64, "ctx": 64, "tensor_types": left, "cache": tmp_path / "cache", "threads": 2}
+    made = []
+    for parts, effort in [(best_parts.Parts(), "balanced"), (best_parts.BEST, "best")]:
+        best_parts.make(parts, MODEL, tmp_path / f"{parts.name}.gguf", options)
+        api.quantize(MODEL, tmp_path / "x.gguf", pure=True, effort=effort, overwrite=True, **options)
+        files = [gguf.GGUFReader(tmp_path / name) for name in (f"{parts.name}.gguf", "x.gguf")]
+        for own, product in zip(*(file.tensors for file in files), strict=True):
+            np.testing.assert_array_equal(own.data, product.data, err_msg=own.name)
+        made.append((parts, tmp_path / f"{parts.name}.gguf"))
+    texts = cut_texts(MODEL, {"heldout": 2}, [])
+    *_, balanced, best = best_parts.table(made, MODEL, texts, threads=2)
+    assert balanced.startswith("| balanced | 0.")
+    assert re.search(r"^\| in-turn, two-sided, refined \| 0\..* \| 1\.000 \(1\.000 to 1\.000\) \|$", best)
