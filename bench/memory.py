@@ -65,8 +65,8 @@ SHAPES = (
         "llama-3.1-70b",
         "4G",
         1,
-        "1 of its 80 layers, 4096 of its 128256 tokens; all but attn_q, attn_k and ffn_down are left in BF16",
-        r"^token_embd|^output\.|attn_v|attn_output|ffn_gate|ffn_up",
+        "1 of its 80 layers, 4096 of its 128256 tokens; all but attn_k and ffn_down are left in BF16",
+        r"^token_embd|^output\.|attn_[qv]|attn_output|ffn_gate|ffn_up",
         4,
     ),
 )
