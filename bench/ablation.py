@@ -30,6 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from activations import as_in_the_runtime, met_in_8_bits
 from bootstrap import ratio
 from candidates import source_digest
 from divergence import Logits, Text, kl_divergence
@@ -42,7 +43,6 @@ from sq_stream.calibrate.corpus import CTX, WINDOWS
 from sq_stream.calibrate.sketch import Sketch
 from sq_stream.calibrate.sketches import Sketches
 from sq_stream.kernels.codec import decode
-from sq_stream.models import layers
 from sq_stream.models.forward import forward, head_name, linears_by_norm
 from sq_stream.parallel import Workers
 from sq_stream.quantize import shape, smooth
@@ -201,14 +201,9 @@ class Bench:
 
     def logits(self, weights: dict[str, Array], text: Text, rounded: Sequence[str] = ()) -> Iterator[Array]:
         """Of each window [n_ctx, n_vocab]; what enters the matrices `rounded` is rounded to 8 bits."""
-        product, marked = layers.linear, {id(weights[name]) for name in rounded}
-
-        def linear(x: Array, weight: Any, bias: Array | None = None) -> Array:
-            return product(round_to_8_bits(x) if id(weight) in marked else x, weight, bias)
-
-        with patch.object(layers, "linear", linear):
+        with as_in_the_runtime():
             for window in text.windows:
-                yield forward(window, weights, self.decoder)
+                yield forward(window, met_in_8_bits(weights, rounded), self.decoder)
 
 
 def _factors(sketch: Sketch, exponent: float) -> Array:
@@ -239,14 +234,6 @@ def _as(variant: Variant) -> Iterator[None]:
 
 def _as_they_come(diagonal: Array) -> list[NDArray[np.int64]]:
     return order_runs(np.ones_like(diagonal))
-
-
-def round_to_8_bits(x: Array) -> Array:
-    """Activations [..., n] as llama.cpp's CPU kernels see them: Q8_K blocks of 256, or Q8_0's of 32 in other rows."""
-    blocks = x.reshape(*x.shape[:-1], -1, 256 if x.shape[-1] % 256 == 0 else 32)
-    step = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), np.float32(1e-30)) / np.float32(127)
-    rounded: Array = (np.rint(blocks / step) * step).reshape(x.shape)
-    return rounded
 
 
 class Figures:

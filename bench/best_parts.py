@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bootstrap import interval, ratio, resampled
+from numpy.typing import NDArray
 from texts import Text, TextFile, cut_texts
 from where import divergences, exact
 
@@ -70,23 +72,24 @@ def make(parts: Parts, model_dir: Path, path: Path, options: dict[str, Any]) -> 
 
 def table(made: Sequence[tuple[Parts, Path]], model_dir: Path, texts: Sequence[Text], threads: int) -> Iterator[str]:
     """Lines of Markdown."""
-    yield "| parts | " + " | ".join(f"{t.name}, mean KL (95%) | over all parts" for t in texts) + " |"
-    yield "| --- |" + " --- | --- |" * len(texts)
-    decoder, _ = read_model(made[0][1])
-    cells: dict[Parts, list[str]] = {parts: [parts.name.replace("+", ", ")] for parts, _ in made}
+    kl: dict[tuple[str, Parts], NDArray[np.float64]] = {}
     with Workers(threads) as workers:
-        for text in texts:
-            kl = {}
-            for parts, path in made:  # every file is smoothed in its own way
-                own = {parts.name: read_model(path)[1]}
-                ((_, kl[parts]),) = divergences(text.windows, exact(path, model_dir), own, decoder, workers)
-            for parts, _ in made:
-                low, high = interval(resampled(kl[parts]))
-                times, (least, most) = ratio(kl[parts], kl[made[-1][0]])
-                cells[parts].append(f"{kl[parts].mean():.4f} ({low:.4f} to {high:.4f})")
-                cells[parts].append(f"{times:.3f} ({least:.3f} to {most:.3f})")
-    for row in cells.values():
-        yield f"| {' | '.join(row)} |"
+        for parts, path in made:
+            decoder, quantized = read_model(path)
+            scaled = exact(path, model_dir)  # every file is smoothed in its own way
+            for text in texts:
+                found = divergences(text.windows, scaled, {parts.name: quantized}, decoder, workers)
+                ((_, kl[text.name, parts]),) = found
+    last = made[-1][0]
+    yield "| parts | " + " | ".join(f"{t.name}, mean KL (95%) | over the last row's" for t in texts) + " |"
+    yield "| --- |" + " --- | --- |" * len(texts)
+    for parts, _ in made:
+        cells = [parts.name.replace("+", ", ")]
+        for own, theirs in ((kl[text.name, parts], kl[text.name, last]) for text in texts):
+            low, high = interval(resampled(own))
+            times, (least, most) = ratio(own, theirs)
+            cells += [f"{own.mean():.4f} ({low:.4f} to {high:.4f})", f"{times:.3f} ({least:.3f} to {most:.3f})"]
+        yield f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

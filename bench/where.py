@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
-from ablation import round_to_8_bits
+from activations import MetIn8Bits, as_in_the_runtime, met_in_8_bits, round_to_8_bits
 from bootstrap import ratio
 from numpy.typing import NDArray
 from texts import TextFile, cut_texts
@@ -30,7 +28,6 @@ from sq_stream.demo.generate import read_model
 from sq_stream.formats.checkpoint import Checkpoint
 from sq_stream.formats.gguf_read import GGUFReader
 from sq_stream.job.verify import Source
-from sq_stream.models import layers
 from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.forward import Decoder, head_name, layer_names
 from sq_stream.parallel import Workers
@@ -60,23 +57,6 @@ def groups(quantized: Mapping[str, Array], n_layer: int) -> dict[str, list[str]]
         own = [n for n in matrices if (m := re.match(r"blk\.(\d+)\.", n)) and first <= int(m[1]) <= last]
         found[f"layers {first} to {last}"] = own
     return found
-
-
-class MetIn8Bits(np.ndarray):  # type: ignore[type-arg]
-    """A matrix whose inputs are rounded to 8 bits."""
-
-
-def met_in_8_bits(weights: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
-    """The same weights, what enters some of the matrices being rounded."""
-    return {**weights, **{name: weights[name].view(MetIn8Bits) for name in names}}
-
-
-def linear_of_runtime(x: Array, weight: Any, bias: Array | None = None) -> Array:
-    """`layers.linear`, with inputs as the matrix meets them."""
-    return _linear(round_to_8_bits(x) if isinstance(weight, MetIn8Bits) else x, weight, bias)
-
-
-_linear = layers.linear
 
 
 def hidden(tokens: NDArray[np.int32], weights: Mapping[str, Array], decoder: Decoder) -> Array:
@@ -124,7 +104,7 @@ def main() -> None:
     kinds = {group: names for group, names in named.items() if not group.startswith("layers")}
     matrices = {group: [name for name in names if scaled[name].ndim == 2] for group, names in kinds.items()}
     rounded = {group: met_in_8_bits(scaled, names) for group, names in matrices.items()}
-    with Workers(arguments.threads) as workers, patch.object(layers, "linear", linear_of_runtime):
+    with Workers(arguments.threads) as workers, as_in_the_runtime():
         for text in cut_texts(arguments.model_dir, {"convergence": arguments.windows}, arguments.text):
             print(f"\n{text.name}\n\n| BF16 again | mean KL | share that goes (95%) |\n| --- | --- | --- |")
             others = {"nothing": quantized, **swapped}

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import ablation
 import best_parts
 from ablation import PRODUCT, Bench, Figures, Row, Variant
+from activations import round_to_8_bits
 from texts import Text, cut_texts
 
 from sq_stream import api
@@ -81,7 +82,7 @@ def test_every_variant_differs_from_the_product(bench: Bench, monkeypatch: pytes
 @pytest.mark.parametrize("n", [512, 96])
 def test_activations_are_rounded_to_127_steps_of_their_block(n: int) -> None:
     x = np.random.RandomState(0).standard_normal((3, n)).astype(np.float32)
-    blocks, rounded = (y.reshape(3, -1, 256 if n == 512 else 32) for y in (x, ablation.round_to_8_bits(x)))
+    blocks, rounded = (y.reshape(3, -1, 256 if n == 512 else 32) for y in (x, round_to_8_bits(x)))
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     assert (np.abs(rounded - blocks) <= 0.501 * largest / 127).all()
     np.testing.assert_allclose(np.abs(rounded).max(axis=-1, keepdims=True), largest, rtol=1e-6)
