@@ -33,7 +33,7 @@ from sq_stream.units import parse_size
 
 OVER = 1.05  # of what is promised, at which the kernel kills
 EFFORTS = ("fast", "balanced", "best")
-TEXT = ("--windows", "32", "--ctx", "128")  # two batches, for two threads
+CTX = 128  # tokens; a batch is 16 such windows
 DEPTHS, WINDOWS = (2, 4, 8, 16), (8, 16, 32, 64)
 GROWTH_RAM = "1G"
 
@@ -47,6 +47,7 @@ class Shape:
     layers: int
     reduced: str  # what is left out, for time
     bf16: str = ""  # tensors that are not quantized
+    balanced_windows: int = 32  # two batches; in more of them two threads are more surely at their peaks together
     eval_windows: int = 8
 
 
@@ -59,7 +60,7 @@ SHAPES = (
         1,
         "1 of its 32 layers, 4096 of its 128256 tokens; all but attn_q, attn_k and ffn_down are left in BF16",
         r"^token_embd|^output\.|attn_v|attn_output|ffn_gate|ffn_up",
-        4,
+        eval_windows=4,
     ),
     Shape(
         "llama-3.1-70b",
@@ -67,7 +68,8 @@ SHAPES = (
         1,
         "1 of its 80 layers, 4096 of its 128256 tokens; all but attn_k and ffn_down are left in BF16",
         r"^token_embd|^output\.|attn_[qv]|attn_output|ffn_gate|ffn_up",
-        4,
+        balanced_windows=96,
+        eval_windows=4,
     ),
 )
 
@@ -89,19 +91,24 @@ def jobs(folder: Path, reference: Path | None) -> Iterator[Job]:
         model = reference if shape.name == "reference" else folder / shape.name
         if model is not None:
             types = ("--tensor-type", f"{shape.bf16}=bf16") if shape.bf16 else ()
+            texts = {"fast": (), "balanced": text(shape.balanced_windows), "best": text()}
             for kind in EFFORTS:
-                yield Job(shape.name, kind, model, shape.max_ram, (*types, *(TEXT if kind != "fast" else ())))
+                yield Job(shape.name, kind, model, shape.max_ram, (*types, *texts[kind]))
             yield Job(shape.name, "eval", model, shape.max_ram, ("--windows", str(shape.eval_windows)))
     for n_layer in DEPTHS:
         model = folder / f"small-{n_layer}"
         for kind in EFFORTS:
-            yield Job(f"{n_layer} layers", kind, model, GROWTH_RAM, TEXT if kind != "fast" else ())
+            yield Job(f"{n_layer} layers", kind, model, GROWTH_RAM, text() if kind != "fast" else ())
         yield Job(f"{n_layer} layers", "eval", model, GROWTH_RAM, ("--windows", "8"))
     for n_windows in WINDOWS:
         for kind in ("balanced", "best", "eval"):
-            context = ("--ctx", "512") if kind != "eval" else ()
-            options = ("--windows", str(n_windows), *context)
+            options = text(n_windows, 512) if kind != "eval" else ("--windows", str(n_windows))
             yield Job(f"{n_windows} windows", kind, folder / "small-2", GROWTH_RAM, options)
+
+
+def text(n_windows: int = 32, n_ctx: int = CTX) -> tuple[str, ...]:
+    """Options that say so."""
+    return ("--windows", str(n_windows), "--ctx", str(n_ctx))
 
 
 def make_model(folder: Path) -> None:

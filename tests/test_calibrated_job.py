@@ -149,6 +149,14 @@ def decisions(plan: Plan) -> tuple[Any, ...]:
     return plan.budget.tile_weights, passes, turns
 
 
+def test_what_stays_as_it_is_has_no_turn(tmp_path: Path) -> None:
+    """Nor is anything run behind the last linear that has one."""
+    turns = api.plan(MODEL, tmp_path / "x.gguf", effort="best", windows=WINDOWS, cache=tmp_path, **PART).turns
+    assert turns is not None
+    assert [list(sites) for sites in turns.pairing.branches] == [[], [], [], [("ffn_gate", "ffn_up"), ("ffn_down",)]]
+    assert turns.two_sided.keys() == {"blk.1.ffn_gate.weight", "blk.1.ffn_down.weight"}
+
+
 def test_another_recipe_reuses_the_calibration(
     quantize: Callable[..., list[Event]], shaped: Path, tmp_path: Path
 ) -> None:

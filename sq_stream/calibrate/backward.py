@@ -6,7 +6,7 @@ and kept on disk; then the pass goes layer by layer from the end, recomputing th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,8 +83,8 @@ def run_backward(
 def measure_backward(decoder: Decoder, reader: LayerReader, n_ctx: int) -> list[Layer]:
     """What each layer needs with windows of `n_ctx` tokens, in order, and at the end what the output matrix does."""
 
-    def vjp(decoder: Decoder, x: Array, weights: Mapping[str, Any], i: int, add: Add) -> None:
-        decoder.layer_vjp(x, x, weights, i, _output_gradients(add))
+    def vjp(decoder: Decoder, new_input: Callable[[], Array], weights: Mapping[str, Any], i: int, add: Add) -> None:
+        decoder.layer_vjp(new_input(), new_input(), weights, i, _output_gradients(add))
 
     layers = measure_layers(decoder, reader, n_ctx, vjp)
     x = np.zeros((windows_per_batch(n_ctx) * n_ctx, reader.n_embd), np.float32)

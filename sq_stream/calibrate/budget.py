@@ -33,7 +33,7 @@ RANKS = (2048, 1024, 512, 256, 128)
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer needs, measured on a batch of zeros; bytes of activations are those besides the layer's input."""
+    """What one layer needs, measured on a batch of zeros; the layer's input is one of the activations."""
 
     sites: tuple[tuple[Site, int], ...]  # with the values of an activation vector, in the order of observation
     observing: tuple[int, ...]  # bytes of activations while each site is observed
@@ -57,11 +57,18 @@ class Budget:
         return SketchedMoment(n_in, self.ranks[n_in], order) if n_in in self.ranks else ExactMoment(n_in, order)
 
 
-Run = Callable[[Decoder, Array, Mapping[str, Any], int, Observe], object]
-"""Runs layer i of a decoder on an input and weights, showing what enters the sites."""
+Run = Callable[[Decoder, Callable[[], Array], Mapping[str, Any], int, Observe], object]
+"""Runs layer i of a decoder on weights, showing what enters the sites; its inputs come from the function given."""
 
 
-def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int, run: Run = Decoder.layer) -> list[Layer]:
+def run_layer(
+    decoder: Decoder, new_input: Callable[[], Array], weights: Mapping[str, Any], i: int, observe: Observe
+) -> object:
+    """Forward; nothing but the layer holds its input, which it lets go of behind its first branch."""
+    return decoder.layer(new_input(), weights, i, observe)
+
+
+def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int, run: Run = run_layer) -> list[Layer]:
     """Every layer's needs with windows of `n_ctx` tokens, in order; layers with the same tensors are measured once."""
     known: dict[object, Layer] = {}
     layers = []
@@ -78,8 +85,7 @@ def measure_layers(decoder: Decoder, reader: LayerReader, n_ctx: int, run: Run =
 def _measure(
     decoder: Decoder, i: int, shapes: Mapping[str, tuple[int, ...]], windows: tuple[int, int], run: Run
 ) -> Layer:
-    weights = zeros(shapes)
-    x = np.zeros((*windows, shapes["attn_norm.weight"][0]), np.float32)
+    weights, shape = zeros(shapes), (*windows, shapes["attn_norm.weight"][0])
     sites: dict[Site, int] = {}
     observing: list[int] = []
     with Tracing() as tracing:
@@ -88,7 +94,7 @@ def _measure(
             sites[site] = x.shape[-1]
             observing.append(tracing.allocated())
 
-        run(decoder, x, weights, i, observe)
+        run(decoder, lambda: np.zeros(shape, np.float32), weights, i, observe)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     return Layer(
         sites=tuple(sites.items()),
@@ -129,7 +135,6 @@ def budgets(
     *,
     ranks: Mapping[int, int],
     threads: int,
-    n_input: int = 1,
     n_stored: int = 2,
     vocabulary_bytes: int = 0,
 ) -> Iterator[Budget]:
@@ -141,7 +146,6 @@ def budgets(
         n_embd: values of the residual stream.
         ranks: one of `rank_choices`.
         threads: at most.
-        n_input: arrays of the residual stream's shape that a layer is computed from.
         n_stored: such arrays of all windows that are on disk together, at most.
         vocabulary_bytes: size of the tokenizer's files.
     """
@@ -153,7 +157,7 @@ def budgets(
     )
     for n_threads in range(threads, 0, -1):
         for resident in (True, False):
-            peak_ram = fixed + _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd, n_input)
+            peak_ram = fixed + _peak(layers, ranks, n_threads, resident, batch_tokens, n_embd)
             yield Budget(n_threads, resident, ranks, peak_ram, peak_disk)
 
 
@@ -180,7 +184,6 @@ def _peak(
     resident: bool,
     batch_tokens: int,
     n_embd: int,
-    n_input: int,
 ) -> int:
     """Resident bytes of the worst layer at its peak."""
     chunk = 4 * batch_tokens * n_embd
@@ -190,13 +193,13 @@ def _peak(
         weights = 4 * (layer.weights if resident else layer.small_weights)
         sums = sum(moment.resident for moment in moments)
         observing = max((own + moment.adding for own, moment in zip(layer.observing, moments, strict=True)), default=0)
-        computing = computing_bytes(layer, chunk, resident, observing, n_input)
+        computing = computing_bytes(layer, chunk, resident, observing)
         finishing = sum(sorted(moment.finishing for moment in moments)[-threads:])
         worst = max(worst, weights + sums + max(threads * computing, finishing))
     return worst
 
 
-def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0, n_input: int = 1) -> int:
+def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0) -> int:
     """Resident bytes of one thread at work on a batch.
 
     Args:
@@ -204,10 +207,9 @@ def computing_bytes(layer: Layer, chunk: int, resident: bool, observing: int = 0
         chunk: bytes of the batch's residual stream, which is there three times while it is read or written.
         resident: the layer's weights are in memory; else they are read tile by tile.
         observing: bytes of activations, at the peak of what looks at them.
-        n_input: chunks that it starts from.
     """
     tile = 0 if resident else 2 * 4 * TILE_WEIGHTS
-    activations = max(layer.activations + tile, observing, 2 * chunk) + n_input * chunk
+    activations = max(layer.activations + tile, observing, 3 * chunk)
     return activations + activations // 16 + BLAS_BYTES  # a sixteenth of it freed, and kept by the allocator
 
 

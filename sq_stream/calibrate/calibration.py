@@ -162,8 +162,6 @@ class Calibration:
     """Whether the statistics are of what linears put out, not of what enters them."""
     forward_passes: ClassVar[int] = 1
     """That it takes as long as."""
-    n_input: ClassVar[int] = 1
-    """Arrays of the residual stream's shape that a layer is computed from."""
 
     @staticmethod
     def measure(decoder: Decoder, reader: LayerReader, n_ctx: int) -> Sequence[Layer]:
@@ -273,7 +271,6 @@ def plan_pass(
                 reader.n_embd,
                 ranks=ranks,
                 threads=threads,
-                n_input=kind.n_input,
                 n_stored=kind.n_stored(decoder),
                 vocabulary_bytes=vocabulary_bytes,
             )

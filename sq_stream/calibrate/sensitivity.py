@@ -31,7 +31,6 @@ class Sensitivity(Calibration):
 
     of_outputs = True
     forward_passes = 4
-    n_input = 2
 
     @staticmethod
     def measure(decoder: Decoder, reader: LayerReader, n_ctx: int) -> Sequence[Layer]:

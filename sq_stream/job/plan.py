@@ -25,7 +25,7 @@ from sq_stream.job.budget import Budget, EncodingNeeds, check_disk, encoding_nee
 from sq_stream.job.identity import general_entries
 from sq_stream.job.settings import Settings
 from sq_stream.job.statistics import Statistics, find_statistics
-from sq_stream.job.turns import Turns, plan_turns
+from sq_stream.job.turns import Turns, plan_turns, shaped_names
 from sq_stream.kernels.cache import kept_kernels
 from sq_stream.models import find
 from sq_stream.models.base import ModelSpec, TensorMap
@@ -208,7 +208,7 @@ def _find_statistics(settings: Settings, headers: _Headers, needs: Callable[...,
 
     def afterwards(calibration: Calibration, held: NDArray[np.int32]) -> int:
         """Bytes of what follows it."""
-        ways = pairings(calibration, held, settings.threads) if in_turn else ()
+        ways = pairings(calibration, held, shaped_names(headers.by_name), settings.threads) if in_turn else ()
         encoding = needs(ranks=calibration.ranks)
         in_pass = min((way.working_ram for way in ways), default=sys.maxsize if in_turn else 0)
         return max(encoding.smallest, encoding.program + in_pass)

@@ -49,19 +49,21 @@ def plan_turns(
     if settings.effort != "best" or statistics is None or statistics.calibration is None:
         return None
     assert statistics.convergence is not None
-    program = needs(frozenset()).program
-    ways = pairings(statistics.calibration, statistics.convergence, settings.threads)
+    program, shaped = needs(frozenset()).program, shaped_names(tensors)
+    ways = pairings(statistics.calibration, statistics.convergence, shaped, settings.threads)
     pairing = next(way for way in ways if program + way.working_ram <= settings.max_ram)
     refining, notes = _plan_refining(statistics.calibration, statistics.convergence, tensors, settings, program)
     if statistics.sensitivity is None:
         return Turns(pairing, {}, refining, notes)
-    own = {
-        name: shape
-        for name, (shape, block_type) in tensors.items()
-        if name in pairing.linears - {"output.weight"} and block_type.name in SHAPED_TYPES
-    }
+    names = shaped & pairing.linears - {"output.weight"}
+    own = {name: shape for name, (shape, _) in tensors.items() if name in names}
     fitting = {shape for shape in own.values() if needs(frozenset({shape})).smallest <= settings.max_ram}
     return Turns(pairing, {name: shape for name, shape in own.items() if shape in fitting}, refining, notes)
+
+
+def shaped_names(tensors: Mapping[str, tuple[Shape, BlockType]]) -> frozenset[str]:
+    """Those of the tensors whose types are shaped to."""
+    return frozenset(name for name, (_, block_type) in tensors.items() if block_type.name in SHAPED_TYPES)
 
 
 def _plan_refining(

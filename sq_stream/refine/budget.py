@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,16 @@ def refinings(calibration: Calibration, held: NDArray[np.int32], n_parameters: i
 def _layer_bytes(layer: Layer, chunk: int, threads: int, resident: bool) -> int:
     looking = max(layer.observing, default=0) + 3 * 4 * TILE  # a tile's gradient, its values, and a part of them
     weights = 4 * (layer.weights if resident else layer.small_weights)
-    return weights + threads * computing_bytes(layer, chunk, resident, looking, n_input=2)
+    return weights + threads * computing_bytes(layer, chunk, resident, looking)
 
 
-def _layer_vjp(decoder: Decoder, x: Array, weights: Mapping[str, Any], i: int, observe: Observe) -> None:
+def _layer_vjp(
+    decoder: Decoder, new_input: Callable[[], Array], weights: Mapping[str, Any], i: int, observe: Observe
+) -> None:
     def see(site: Site, x: Array, dys: Sequence[Array]) -> None:
         observe(site, x)
 
-    decoder.layer_vjp(x, x, weights, i, see)
+    decoder.layer_vjp(new_input(), new_input(), weights, i, see)
 
 
 def _head_bytes(decoder: Decoder, reader: LayerReader, n_ctx: int) -> int:

@@ -152,8 +152,8 @@ class _Pass:
     def _layer_vjp(self, i: int, weights: Mapping[str, Any], batch: int) -> Gradients:
         found: Gradients = {}
         observe = with_prefix(self._observe(found), f"blk.{i}.")
-        x, dy = self._ours.read(i, batch), self._slopes.read(i + 1, batch)
-        self._slopes.write(i, batch, self._decoder.layer_vjp(dy, x, weights, i, observe))
+        dx = self._decoder.layer_vjp(self._slopes.read(i + 1, batch), self._ours.read(i, batch), weights, i, observe)
+        self._slopes.write(i, batch, dx)
         return found
 
     def _embedding(self, batch: int) -> Gradients:
