@@ -33,6 +33,7 @@ from sq_stream.units import parse_size
 
 OVER = 1.05  # of what is promised, at which the kernel kills
 EFFORTS = ("fast", "balanced", "best")
+KINDS = (*EFFORTS, "eval")  # of commands
 CTX = 128  # tokens; a batch is 16 such windows
 DEPTHS, WINDOWS = (2, 4, 8, 16), (8, 16, 32, 64)
 GROWTH_RAM = "1G"
@@ -49,11 +50,22 @@ class Shape:
     bf16: str = ""  # tensors that are not quantized
     balanced_windows: int = 32  # two batches; in more of them two threads are more surely at their peaks together
     eval_windows: int = 8
+    kinds: tuple[str, ...] = KINDS
+    n_vocab: int = 4096
 
 
 SHAPES = (
     Shape("reference", "512M", 30, "29 of its 30 layers are left in BF16", r"blk\.([1-9]|\d\d)\."),
     Shape("qwen3.5-0.8b", "1G", 4, "4 of its 24 layers, 4096 of its 248320 tokens"),
+    Shape(
+        "qwen3.5-0.8b-whole",
+        "2G",
+        24,
+        "23 of its 24 layers are left in BF16; forward and backward pass and the round of refinement are whole",
+        r"blk\.([1-9]|\d\d)\.",
+        kinds=("best",),
+        n_vocab=248320,
+    ),
     Shape(
         "llama-3.1-8b",
         "2G",
@@ -92,9 +104,9 @@ def jobs(folder: Path, reference: Path | None) -> Iterator[Job]:
         if model is not None:
             types = ("--tensor-type", f"{shape.bf16}=bf16") if shape.bf16 else ()
             texts = {"fast": (), "balanced": text(shape.balanced_windows), "best": text()}
-            for kind in EFFORTS:
-                yield Job(shape.name, kind, model, shape.max_ram, (*types, *texts[kind]))
-            yield Job(shape.name, "eval", model, shape.max_ram, ("--windows", str(shape.eval_windows)))
+            for kind in shape.kinds:
+                options = (*types, *texts[kind]) if kind != "eval" else ("--windows", str(shape.eval_windows))
+                yield Job(shape.name, kind, model, shape.max_ram, options)
     for n_layer in DEPTHS:
         model = folder / f"small-{n_layer}"
         for kind in EFFORTS:
@@ -119,7 +131,8 @@ def make_model(folder: Path) -> None:
         sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
         config = make_config("llama-3.1-8b", int(folder.name.removeprefix("small-")), 4096) | sizes
     else:
-        config = make_config(folder.name, next(s.layers for s in SHAPES if s.name == folder.name), 4096)
+        shape = next(s for s in SHAPES if s.name == folder.name)
+        config = make_config(shape.name.removesuffix("-whole"), shape.layers, shape.n_vocab)
     write_checkpoint(folder, config, shard_bytes=2**30)
     shutil.copy(model_folder() / "tokenizer.json", folder)
 

@@ -125,7 +125,7 @@ def test_the_plan_does_not_grow_with_depth_or_text(effort: str, tmp_path: Path) 
     [
         ("qwen3.5-0.8b", {"fast"}),
         ("llama-3.1-8b", {"fast"}),
-        *(pytest.param(s.name, {*memory.EFFORTS, "eval"}, marks=pytest.mark.slow) for s in memory.SHAPES),
+        *(pytest.param(s.name, {*s.kinds}, marks=pytest.mark.slow) for s in memory.SHAPES),
     ],
     ids=lambda value: value if isinstance(value, str) else "all" if len(value) > 1 else "fast",
 )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from calibrations import OPTIONS, WINDOWS
 
 from sq_stream.calibrate import regression
+from sq_stream.calibrate.calibration import plan_calibration
 from sq_stream.calibrate.moments import ExactMoment, Moment, Needs, SketchedMoment
 from sq_stream.calibrate.ordered import InOrder
+from sq_stream.calibrate.sensitivity import plan_sensitivity
 from sq_stream.calibrate.sketch import Factored, Sketch, read_sketch, write_sketch
+from sq_stream.calibrate.store import Store
+from sq_stream.calibrate.streamed import Stream
 from sq_stream.formats.blocks import F32, Q4_K, Q6_K
 from sq_stream.job.budget import (
     MOST_TILE_WEIGHTS,
@@ -24,6 +31,7 @@ from sq_stream.job.budget import (
     kernel_uses,
     shaped_row_bytes,
 )
+from sq_stream.models.parts import Attention, FeedForward
 from sq_stream.parallel import Workers
 from sq_stream.quantize.metric import DenseMetric, FactorMetric
 from sq_stream.quantize.shape import Shaper
@@ -125,3 +133,33 @@ def test_a_second_moment(is_exact: bool, tmp_path: Path) -> None:
         moment.add(0, x)
     with allocating(0.2 * needs.finishing, needs.finishing):
         write_sketch(tmp_path / "x", moment.finish(1.0))
+
+
+@pytest.mark.parametrize(
+    ("plan", "last", "n_left"),
+    [(plan_calibration, (FeedForward, "forward"), 0), (plan_sensitivity, (Attention, "vjp"), 1)],
+)
+def test_a_layer_lets_go_of_what_it_starts_from(
+    plan: Callable[..., Any],
+    last: tuple[type, str],
+    n_left: int,
+    open_model: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Behind its first branch, of its input or of its output's gradient: plans count on it."""
+    read, run, started, left = Stream.read, getattr(*last), [], []
+
+    def watched(self: Stream, layer: int, batch: int) -> np.ndarray:
+        x = read(self, layer, batch)
+        started.append(weakref.ref(x))
+        return x
+
+    def counting(*arguments: Any) -> np.ndarray:
+        left.append(sum(x() is not None for x in started))
+        return run(*arguments)
+
+    monkeypatch.setattr(Stream, "read", watched)
+    monkeypatch.setattr(*last, counting)
+    plan(*open_model("llama"), WINDOWS, Store(tmp_path), **{**OPTIONS, "threads": 1}).run().close()
+    assert max(left) == n_left
