@@ -235,12 +235,11 @@ def make_budget(
         peak_ram = max(peak_ram, *(streamed.peak_ram for streamed in passes))
         n_tokens = sum(streamed.forward_passes * streamed.n_tokens for streamed in passes)
         forward = n_weights * n_tokens / MULTIPLICATIONS_PER_SECOND
-        encoding = n_weights / WEIGHTS_SHAPED_PER_SECOND
         peak_ram = max([peak_ram, *(likely.program + way.working_ram for way in behind)])
         n_passes = PAIRED_PASSES * bool(pairing) + REFINING_PASSES * bool(refining)
         forward += n_passes * n_weights * passes[0].windows.size / MULTIPLICATIONS_PER_SECOND
-    else:
-        encoding = sum(math.prod(shape) / WEIGHTS_PER_SECOND[block_type.name] for shape, block_type in tensors)
+    speeds = WEIGHTS_PER_SECOND | dict.fromkeys(SHAPED_TYPES if passes else (), WEIGHTS_SHAPED_PER_SECOND)
+    encoding = sum(math.prod(shape) / speeds[block_type.name] for shape, block_type in tensors)
     return Budget(
         tile_weights=tile,
         peak_ram=peak_ram,
