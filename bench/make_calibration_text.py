@@ -187,7 +187,7 @@ def encyclopedia(dump: Path) -> Iterator[Document]:
     long = {name: text for name, text in pages.items() if len(text) > 15_000}
     texts = ((name, article(ends.split(long[name])[0])) for name in shuffled(long))
     yield from take(
-        (Document(f"wikipedia/{name}", "encyclopedia", excerpt(text, 5500)) for name, text in texts), 400_000
+        (Document(f"wikipedia/{name}", "encyclopedia", excerpt(text, 6800)) for name, text in texts), 490_000
     )
 
 
