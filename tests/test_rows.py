@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from sq_stream.formats.blocks import BLOCK_TYPES
 from sq_stream.kernels.codec import decode
 from sq_stream.parallel import Workers
 from sq_stream.quantize.encode import make_encoder
-from sq_stream.quantize.rows import DAMPING, RowFeedback, number_of_groups
+from sq_stream.quantize.rows import DAMPING, RowFeedback, number_of_groups, order_rows
 
 Array = NDArray[np.float32]
 STEP = np.float32(0.25)
@@ -34,11 +36,11 @@ def sketch(n: int, rank: int, seed: int = 1) -> Sketch:
     return Sketch(1000, residual.astype(np.float32), factor.astype(np.float32))
 
 
-def encode_by_least_squares(wanted: Array, b: NDArray[np.float64]) -> NDArray[np.uint8]:
+def encode_by_least_squares(wanted: Array, gradients: Sketch) -> NDArray[np.uint8]:
     """Each group of rows moved to where all open rows cost least, given the errors of the decided ones."""
-    n = len(wanted)
-    b = b + DAMPING * (np.trace(b) / n or 1) * np.eye(n)
-    groups = [np.arange(first, n, number_of_groups(n)) for first in range(number_of_groups(n))]
+    n, b = len(wanted), gradients.dense().astype(np.float64)
+    groups = order_rows(gradients.diagonal())
+    b += DAMPING * (np.trace(b) / n or 1) * np.eye(n)
     blocks, errors = np.empty(wanted.shape, np.uint8), np.zeros(wanted.shape)
     for i, rows in enumerate(groups):
         decided, opened = np.concatenate([[], *groups[:i]]).astype(int), np.concatenate(groups[i:])
@@ -53,9 +55,19 @@ def test_it_is_the_least_squares_answer_of_the_open_rows(n_out: int) -> None:
     gradients, wanted = sketch(n_out, 6), np.random.RandomState(2).standard_normal((n_out, 24)).astype(np.float32)
     with Workers(2) as workers:
         blocks = RowFeedback(gradients, workers).encode(wanted, round_to_steps, from_steps)
-    expected = encode_by_least_squares(wanted, gradients.dense().astype(np.float64))
+    expected = encode_by_least_squares(wanted, gradients)
     assert np.mean(blocks != expected) < 0.001  # what falls between two steps but for float32
     assert n_out < 64 or np.mean(blocks != round_to_steps(wanted)) > 0.01
+
+
+@pytest.mark.parametrize("n_out", [1, 33, 9000])
+def test_rows_with_large_gradients_are_decided_before_others(n_out: int) -> None:
+    diagonal = np.random.RandomState(2).standard_exponential(n_out).astype(np.float32)
+    groups = order_rows(diagonal)
+    assert len(groups) == number_of_groups(n_out)
+    assert max(map(len, groups)) <= 256
+    np.testing.assert_array_equal(np.sort(np.concatenate(groups)), np.arange(n_out))
+    assert all(diagonal[a].min() >= diagonal[b].max() for a, b in pairwise(groups))
 
 
 def test_without_gradients_nothing_moves() -> None:
