@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -12,6 +13,12 @@ from numba.core.caching import FunctionCache
 from sq_stream.kernels.cache import cache_folder
 
 _failures: list[OSError] = []
+
+# Threads of libgomp, on which Numba runs kernels where it finds it, wait for their next piece of work in a loop of this
+# many turns before they sleep. By default it is 300 000, a millisecond or so, which on a busy machine both other
+# processes and the kernels themselves are short of.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
