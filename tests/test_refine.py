@@ -33,6 +33,7 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.metadata import string
 from sq_stream.job import refine as refine_job
 from sq_stream.job.encode import Encoding
+from sq_stream.job.run import run
 from sq_stream.kernels.codec import decode, encode
 from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.base import ModelSpec, TensorMap
@@ -327,7 +328,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "append", recording)
         patch.setattr(refine_job, "refine", keeping)
-        api.quantize(model_folder(), folder / "best.gguf", cache=folder / "cache", **OPTIONS)
+        plan = api.plan(model_folder(), folder / "best.gguf", cache=folder / "cache", **OPTIONS)
+        assert plan.turns is not None
+        by_themselves = replace(plan.turns.pairing, branches=(), head=None)  # linears that leave more to be gained
+        with plan.checkpoint:
+            run(replace(plan, turns=replace(plan.turns, pairing=by_themselves, two_sided={})), lambda event: None)
     return folder / "best.gguf", folder / "plain.gguf", records
 
 
