@@ -123,11 +123,11 @@ def test_the_plan_does_not_grow_with_depth_or_text(effort: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("qwen3.5-0.8b", {"fast"}),
+        ("qwen3.5-0.8b", {"fast", "eval"}),
         ("llama-3.1-8b", {"fast"}),
         *(pytest.param(s.name, {*s.kinds}, marks=pytest.mark.slow) for s in memory.SHAPES),
     ],
-    ids=lambda value: value if isinstance(value, str) else "all" if len(value) > 1 else "fast",
+    ids=lambda value: value if isinstance(value, str) else "+".join(sorted(value)),
 )
 def test_a_larger_model_under_the_limit_of_the_kernel(name: str, kinds: set[str], file: Path, tmp_path: Path) -> None:
     """What docs/memory.md is written from, from nothing."""
