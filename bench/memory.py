@@ -3,9 +3,9 @@
     python bench/memory.py FOLDER [--reference MODEL_DIR] [--only PATTERN] [--docs docs]
 
 Every command runs in a memory cgroup of the size promised for its shape and 5% more, swap forbidden, where the machine
-lets us make one. Checkpoints have random weights in the shapes of published models (`make_checkpoint.py`), few layers,
-for time, and a small vocabulary; `--reference` is the reference model itself. What is measured is kept in
-FOLDER/memory.jsonl and not measured again: run it in parts with `--only`, a regular expression for names. `--docs`
+lets us make one. Checkpoints have random weights in the shapes of published models (`make_checkpoint.py`) and, but for
+one, few layers, for time, and a small vocabulary; `--reference` is the reference model itself. What is measured is kept
+in FOLDER/memory.jsonl and not measured again: run it in parts with `--only`, a regular expression for names. `--docs`
 writes memory.md and memory.svg from all of it.
 """
 

@@ -30,8 +30,9 @@ being compiled already, on two threads:
 
 """
 COMMANDS = """
-Checkpoints of published shapes have random weights (`bench/make_checkpoint.py`) and few layers, for time; that memory
-does not grow with their number is measured below. The reference is SmolLM2-135M at width 768. Left out are:
+Checkpoints of published shapes have random weights (`bench/make_checkpoint.py`) and, but for the whole one, few
+layers, for time; that memory does not grow with their number is measured below. The reference is SmolLM2-135M at width
+768. Left out are:
 
 """
 GROWTH = """

@@ -274,3 +274,11 @@ def test_one_disk_must_hold_the_cache_and_the_file(same: bool, tmp_path: Path, m
         check(enough)
         with pytest.raises(DoesNotFitError, match="the file on the same disk" if same else "disk space"):
             check(enough - 1)
+
+
+def test_what_is_not_shaped_takes_less_time(tmp_path: Path) -> None:
+    few, all_of_them = (
+        api.plan(MODEL, tmp_path / "x.gguf", windows=WINDOWS, cache=tmp_path, tensor_types=types).budget.seconds
+        for types in (["ffn=bf16"], [])
+    )
+    assert few < all_of_them

@@ -147,7 +147,7 @@ def test_a_layer_lets_go_of_what_it_starts_from(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Behind its first branch, of its input or of its output's gradient: plans count on it."""
+    """Behind its first branch it holds no input (forward) or gradient of its output (backward): plans count on it."""
     read, run, started, left = Stream.read, getattr(*last), [], []
 
     def watched(self: Stream, layer: int, batch: int) -> np.ndarray:

@@ -312,7 +312,7 @@ OPTIONS: dict[str, Any] = {"effort": "best", "pure": True, "ctx": 128, "windows"
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """A file of the effort best, the same as it was before refinement, and the records of the journal."""
+    """A refined file whose linears are shaped each by itself, the same before refinement, and the journal's records."""
     folder = tmp_path_factory.mktemp("jobs")
     records: list[dict[str, Any]] = []
 
@@ -328,12 +328,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "append", recording)
         patch.setattr(refine_job, "refine", keeping)
-        plan = api.plan(model_folder(), folder / "best.gguf", cache=folder / "cache", **OPTIONS)
+        plan = api.plan(model_folder(), folder / "refined.gguf", cache=folder / "cache", **OPTIONS)
         assert plan.turns is not None
         by_themselves = replace(plan.turns.pairing, branches=(), head=None)  # linears that leave more to be gained
         with plan.checkpoint:
             run(replace(plan, turns=replace(plan.turns, pairing=by_themselves, two_sided={})), lambda event: None)
-    return folder / "best.gguf", folder / "plain.gguf", records
+    return folder / "refined.gguf", folder / "plain.gguf", records
 
 
 def test_a_job_keeps_the_generation_with_the_least_divergence_on_other_text(jobs: Any) -> None:
@@ -346,8 +346,8 @@ def test_a_job_keeps_the_generation_with_the_least_divergence_on_other_text(jobs
 
 
 def test_codes_stay_and_scales_change(jobs: Any) -> None:
-    best, plain, _ = jobs
-    with GGUFReader.open(best) as a, GGUFReader.open(plain) as b:
+    refined, plain, _ = jobs
+    with GGUFReader.open(refined) as a, GGUFReader.open(plain) as b:
         changed = 0
         for name, tensor in a.tensors.items():
             ours, theirs = (f.read_rows(name, 0, tensor.n_rows) for f in (a, b))

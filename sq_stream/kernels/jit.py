@@ -15,8 +15,8 @@ from sq_stream.kernels.cache import cache_folder
 _failures: list[OSError] = []
 
 # Threads of libgomp, on which Numba runs kernels where it finds it, wait for their next piece of work in a loop of this
-# many turns before they sleep. By default it is 300 000, a millisecond or so, which on a busy machine both other
-# processes and the kernels themselves are short of.
+# many turns before they sleep. By default it is 300 000: milliseconds of processor time, which on a busy machine other
+# processes and the kernels themselves are short of. What the user sets holds.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -3,8 +3,8 @@
 With B the second moment of the gradients that the outputs of a linear get, its errors E cost tr(B E A Eᵀ). The rows are
 quantized in groups. What the decided groups d cost is least if all open ones o are off by −B_oo⁻¹ B_od E_d: so a group
 is shaped towards what is wanted of it plus its part of that. This is the error feedback of `shape`, from row to row
-instead of from column to column. Those rows are first that the predictions are most sensitive to: others make up for
-them at less cost than they for others.
+instead of from column to column. The rows to which the predictions are most sensitive come first: that others
+make up for their errors costs less than the reverse.
 
 Source: the Kronecker factors A ⊗ B of the Fisher information are those of K-FAC (arXiv:1503.05671).
 """
