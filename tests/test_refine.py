@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from gradients import assert_is_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import best_parts
 
 from sq_stream import api
 from sq_stream.calibrate.budget import Tracing
@@ -33,7 +38,6 @@ from sq_stream.formats.journal import Journal
 from sq_stream.formats.metadata import string
 from sq_stream.job import refine as refine_job
 from sq_stream.job.encode import Encoding
-from sq_stream.job.run import run
 from sq_stream.kernels.codec import decode, encode
 from sq_stream.models.backward import divergence_vjp
 from sq_stream.models.base import ModelSpec, TensorMap
@@ -307,7 +311,7 @@ def test_what_is_damaged_or_gone_is_lost_work(case: Case, tmp_path: Path) -> Non
         generations.read(1, ENDS)
 
 
-OPTIONS: dict[str, Any] = {"effort": "best", "pure": True, "ctx": 128, "windows": 64, "threads": 2}
+OPTIONS: dict[str, Any] = {"ctx": 128, "windows": 64, "threads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -328,11 +332,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "append", recording)
         patch.setattr(refine_job, "refine", keeping)
-        plan = api.plan(model_folder(), folder / "refined.gguf", cache=folder / "cache", **OPTIONS)
-        assert plan.turns is not None
-        by_themselves = replace(plan.turns.pairing, branches=(), head=None)  # linears that leave more to be gained
-        with plan.checkpoint:
-            run(replace(plan, turns=replace(plan.turns, pairing=by_themselves, two_sided={})), lambda event: None)
+        options = {**OPTIONS, "cache": folder / "cache"}
+        best_parts.make(best_parts.Parts(refined=True), model_folder(), folder / "refined.gguf", options)
     return folder / "refined.gguf", folder / "plain.gguf", records
 
 
@@ -372,7 +373,8 @@ def test_a_refined_file_is_still_that_of_its_checkpoint(jobs: Any) -> None:
 
 def test_a_round_takes_no_more_memory_than_is_planned(tmp_path: Path) -> None:
     """What NumPy allocates, at the peak, with the fewest threads; and not far less either."""
-    plan = api.plan(model_folder(), tmp_path / "x.gguf", **{**OPTIONS, "ctx": 512}, cache=tmp_path)
+    options = {**OPTIONS, "ctx": 512, "effort": "best", "pure": True}
+    plan = api.plan(model_folder(), tmp_path / "x.gguf", cache=tmp_path, **options)
     assert plan.calibration is not None
     assert plan.turns is not None
     assert plan.turns.refining is not None
